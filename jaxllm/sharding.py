@@ -1,0 +1,267 @@
+"""The device mesh, which dimension of which array lies on which axis, and nothing else.
+
+Mesh axes, slow to fast: `slice` (between pods; data parallel), `data` (fully sharded data parallel),
+`model` (tensor parallel). Axis types are Auto: XLA's partitioner propagates shardings between the
+constraints that we state; Explicit axes (jax 0.12's default for `make_mesh`) would make every einsum
+name its output sharding. Where the partitioner has been seen to do badly (the embedding look-up, the
+vocabulary pass) the code says what it wants with `shard_map`.
+
+Params are placed by an ordered `[(path pattern, axes)]`, first match wins; a leaf that no rule
+matches is an error. A dimension that its axis does not divide stays whole.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxllm import tree
+from jaxllm.config import ConfigError, DataConfig, MeshConfig, ModelConfig, OptimConfig
+
+AXES = ("slice", "data", "model")
+BATCH_AXES = ("slice", "data")
+
+type Axes = tuple[str | None, ...]
+
+RULES: tuple[tuple[str, Axes], ...] = (
+    (r"(embed/tokens|unembed/kernel)", ("model", "data")),
+    (r"embed/positions", (None, "data")),
+    (r"layers/(attention|cross_attention)/[qkv]/kernel", (None, "data", "model", None)),
+    (r"layers/(attention|cross_attention)/[qkv]/bias", (None, "model", None)),
+    (r"layers/(attention|cross_attention)/o/kernel", (None, "model", None, "data")),
+    (r"layers/mlp/(gate|up)/kernel", (None, "data", "model")),
+    (r"layers/mlp/(gate|up)/bias", (None, "model")),
+    (r"layers/mlp/down/kernel", (None, "model", "data")),
+    (r".*/(scale|bias)", ()),
+)
+
+# Letters of an activation's dimensions that lie on a mesh axis. D is sharded at block boundaries
+# only (PaLM's fully sharded activation); inside a block it is written '.', gathered.
+_LETTERS: dict[str, tuple[str, ...]] = {
+    "B": BATCH_AXES, "D": ("model",), "N": ("model",), "K": ("model",), "F": ("model",), "V": ("model",),
+}  # fmt: skip
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh `slice × data × model` over `devices` (default: all), laid along the machine's links.
+
+    Raises:
+      ConfigError: more devices asked for than there are, or sizes that do not divide them.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.slice, config.data, config.model]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        if len(devices) % known:
+            divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+            raise ConfigError(
+                f"mesh (slice, data, model) = {tuple(sizes)} needs a multiple of {known} devices, and there are {len(devices)}; "
+                f"sizes that divide {len(devices)}: {', '.join(map(str, divisors))}"
+            )
+        sizes[sizes.index(-1)] = len(devices) // known
+    needed = math.prod(sizes)
+    if needed > len(devices):
+        raise ConfigError(
+            f"mesh (slice, data, model) = {tuple(sizes)} needs {needed} devices, and there are {len(devices)}; "
+            "make it smaller, or use --mesh.data -1 for all that there are"
+        )
+    if needed < len(devices) and jax.process_count() > 1:
+        raise ConfigError(
+            f"mesh (slice, data, model) = {tuple(sizes)} uses {needed} of {len(devices)} devices; with several hosts it must use all"
+        )
+    devices = devices[:needed]
+    if sizes[0] > 1 and len({getattr(d, "slice_index", 0) for d in devices}) == sizes[0]:
+        grid = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0], 1, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def axis_size(mesh: Mesh | AbstractMesh, axes: Sequence[str] | str | None) -> int:
+    """Number of shards over one or several axes; 1 for None."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape.get(name, 1) for name in names)
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of the surrounding `jax.set_mesh`, or None where there is none or it has one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def free_axes(mesh: AbstractMesh) -> set[str]:
+    """Axes that the partitioner handles here: all but those that a surrounding `shard_map` took."""
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+
+
+def constrain(x: jax.Array, dims: str) -> jax.Array:
+    """State how an activation lies on the mesh; the identity without one.
+
+    Args:
+      x: any array.
+      dims: one token per dimension. A letter B, D, N, K, F or V goes to its usual axes, 'T@model' to the
+        axis named, anything else stays whole. An axis that does not divide its dimension is left out.
+
+    >>> constrain(jnp.ones((2, 3)), 'B .').shape
+    (2, 3)
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    free = free_axes(mesh)
+    spec: list[tuple[str, ...] | None] = []
+    for token, size in zip(dims.split(), x.shape, strict=True):
+        letter, _, explicit = token.partition("@")
+        axes = tuple(a for a in ((explicit,) if explicit else _LETTERS.get(letter, ())) if a in free)
+        spec.append(axes if axes and size % axis_size(mesh, axes) == 0 else None)
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def fit(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """`axes` as a PartitionSpec for an array of `shape`, without the axes that do not divide their dimension."""
+    return P(*(axis if axis and size % axis_size(mesh, axis) == 0 else None for axis, size in zip(axes, shape, strict=False)))
+
+
+def param_specs(params: tree.Tree, mesh: Mesh, rules: Sequence[tuple[str, Axes]] = ()) -> tree.Tree:
+    """A PartitionSpec for every leaf of `params` (arrays or shapes).
+
+    Args:
+      rules: a user's rules, tried before the built-in ones.
+
+    Raises:
+      ConfigError: a leaf that no rule matches, a user's pattern that matches no leaf, an unknown axis, or
+        more axes than the leaf has dimensions.
+    """
+    tree.check_rules(rules, params, "mesh.rules")
+    for pattern, axes in rules:
+        for axis in axes:
+            if axis is not None and axis not in AXES:
+                raise ConfigError(f"mesh.rules pattern '{pattern}' names the axis '{axis}'; axes are {', '.join(AXES)}")
+
+    def spec(path: str, leaf: Any) -> P:
+        axes = tree.match([*rules, *RULES], path)
+        if axes is None:
+            raise ConfigError(f"no sharding rule matches '{path}' {tuple(leaf.shape)}; add one with mesh.rules")
+        if len(axes) > len(leaf.shape):
+            raise ConfigError(f"the sharding rule {axes} for '{path}' has more dimensions than its shape {tuple(leaf.shape)}")
+        return fit(axes, leaf.shape, mesh)
+
+    return tree.map_with_path(spec, params)
+
+
+def like_params(state: Any, specs: tree.Tree) -> Any:
+    """PartitionSpecs for any pytree that holds copies of params (optimizer state, averages).
+
+    A leaf whose key path ends in a param's path, and whose rank is the same, lies as that param does;
+    everything else (counts, factored moments) is replicated.
+    """
+    by_path = dict(tree.items(specs))
+
+    def spec(keys: tuple[Any, ...], leaf: Any) -> P:
+        names = [str(k.key) for k in keys if isinstance(k, jax.tree_util.DictKey)]
+        for start in range(len(names)):
+            found = by_path.get("/".join(names[start:]))
+            if found is not None and len(found) <= len(leaf.shape):
+                return found
+        return P()
+
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def shardings(specs: Any, mesh: Mesh) -> Any:
+    """PartitionSpecs to NamedShardings."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data axes, everything else whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+# ---------------------------------------------------------------------------------- vocabulary padding
+
+VOCAB_LEAVES = r"(.*/)?(embed/tokens|unembed/kernel)"
+
+
+def pad_vocab(params: tree.Tree, multiple: int) -> tree.Tree:
+    """Append zero rows to the vocabulary leaves until `multiple` divides them.
+
+    `Unembedding.logits` hides them, no token looks them up, so their gradient is exactly zero.
+    """
+
+    def pad(path: str, leaf: jax.Array) -> jax.Array:
+        extra = -leaf.shape[0] % multiple if tree.match([(VOCAB_LEAVES, True)], path) else 0
+        return jnp.pad(leaf, ((0, extra), (0, 0))) if extra else leaf
+
+    return tree.map_with_path(pad, params)
+
+
+def trim_vocab(params: tree.Tree, num_vocab: int) -> tree.Tree:
+    """The inverse of `pad_vocab`: vocabulary leaves cut back to the logical size."""
+    return tree.map_with_path(lambda path, leaf: leaf[:num_vocab] if tree.match([(VOCAB_LEAVES, True)], path) else leaf, params)
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def check_fit(model: ModelConfig, data: DataConfig, optim: OptimConfig, mesh: Mesh) -> list[str]:
+    """Refuse what cannot run on this mesh; return one warning for each thing that runs less sharded than asked.
+
+    Raises:
+      ConfigError: rows of a micro-batch that the data axes do not divide, a batch that does not divide into
+        micro-batches, or a row longer than the model's learned positions.
+    """
+    shards, micro = axis_size(mesh, BATCH_AXES), optim.num_microbatches
+    for size in (data.batch_size, *(size for _, size in data.batch_ramp)):
+        per_micro = data.batch_size // micro
+        if data.batch_size % (micro * shards) or size % per_micro:
+            unit = micro * shards if size == data.batch_size else per_micro
+            low = size // unit * unit
+            raise ConfigError(
+                f"a batch of {size} rows does not divide into {micro} micro-batches over {shards} data shards "
+                f"(slice × data = {mesh.shape['slice']} × {mesh.shape['data']}); it must be a multiple of {unit}: "
+                f"{f'{low} or ' if low else ''}{low + unit}"
+            )
+    if model.position == "learned" and data.sequence_length > model.max_length:
+        raise ConfigError(
+            f"data.sequence_length is {data.sequence_length}, and the model has learned positions for {model.max_length} tokens; "
+            "shorten the rows or raise model.max_length"
+        )
+    notes: list[str] = []
+    shards = mesh.shape["model"]
+    if model.num_heads % shards:
+        sizes = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
+        notes.append(
+            f"{model.num_heads} query heads do not divide over model = {shards}: attention is not sharded over model "
+            f"(sizes that divide: {', '.join(map(str, sizes))})"
+        )
+    elif model.num_kv_heads % shards:
+        notes.append(f"{model.num_kv_heads} key/value heads are replicated over model = {shards}")
+    if model.ff_width % shards:
+        notes.append(f"ff_width {model.ff_width} does not divide over model = {shards}: the feed-forward layer is not sharded over model")
+    if model.width % mesh.shape["data"]:
+        notes.append(f"width {model.width} does not divide over data = {mesh.shape['data']}: weights are replicated over data")
+    return notes
+
+
+def warn(notes: Sequence[str]) -> None:
+    """Each note once, on the first process."""
+    if jax.process_index() == 0:
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+
+
+def host_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """Indices of the rows of a global batch that this process's devices hold, in order."""
+    index_map = batch_sharding(mesh).addressable_devices_indices_map((num_rows,))
+    rows = {i for (index,) in index_map.values() for i in range(*index.indices(num_rows))}
+    return np.array(sorted(rows), dtype=np.int64)
