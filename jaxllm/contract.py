@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.config import ModelConfig
+
 type Params = dict[str, Any]
 type Dot = Callable[[str, str, Array, Params], Array]
 """`dot(name, spec, x, leaves)`: the einsum `spec` of `x` with `leaves['kernel']`, in float32. Every projection goes through one."""
@@ -47,7 +49,35 @@ class Batch:
     """Whatever one loss needs: leading dimension B."""
 
     def replace(self, **changes: Any) -> Batch:
+        """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+class LM(NamedTuple):
+    """A language model: pure functions over a plain nested dict. Built by `models/transformer.py`, wrapped by adapters and heads.
+
+    init(key) -> params                                        vocabulary leaves at their logical size
+    apply(params, tokens or embeddings, *, positions, segment_ids, prefix_mask, key, taps, …) -> Out
+    unembed(params) -> Unembedding
+    init_cache(batch_size, max_length) -> an empty cache for `apply(…, cache=…)`
+    """
+
+    config: ModelConfig
+    init: Callable[[Array], Params]
+    apply: Callable[..., Out]
+    unembed: Callable[[Params], Unembedding]
+    init_cache: Callable[[int, int], Any]
+
+    def __call__(self, params: Params, batch: Batch, **options: Any) -> Out:
+        """`apply` on the rows of a batch."""
+        return self.apply(
+            params,
+            batch.tokens,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+            prefix_mask=batch.prefix_mask,
+            **options,
+        )
 
 
 class Out(NamedTuple):
@@ -67,9 +97,14 @@ def dot_in(dtype: str) -> Dot:
     Cached, so that two models of one precision share one function and a jitted step does not recompile.
     """
 
+    # A TPU multiplies float32 operands in one bf16 pass, and a GPU in TF32, unless told otherwise.
+    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+
     def dot(name: str, spec: str, x: Array, leaves: Params) -> Array:
         del name
-        return jnp.einsum(spec, x.astype(dtype), leaves["kernel"].astype(dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            spec, x.astype(dtype), leaves["kernel"].astype(dtype), precision=precision, preferred_element_type=jnp.float32
+        )
 
     return dot
 
@@ -120,6 +155,7 @@ class Obs:
     scores: dict[str, Array] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Obs:
+        """A copy with some fields changed."""
         return replace(self, **changes)
 
 

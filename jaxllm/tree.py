@@ -6,13 +6,14 @@ first pattern that matches the whole path wins.
 
 The schema of a decoder, with the dimension letters of `models/transformer.py`:
 
-    embed/tokens [V D]   embed/positions [T D]   embed/norm/…      final_norm/{scale, bias} [D]
+    embed/tokens [V D]   embed/positions [T D]   final_norm/{scale, bias} [D]
     unembed/kernel [V D]                                           (absent when embeddings are tied)
     layers/attention/{q, k, v}/{kernel [L D N|K H], bias [L N|K H]}
     layers/attention/o/{kernel [L N H D], bias [L D]}
     layers/attention/{q_norm, k_norm}/scale [L H] or [L N|K H]
     layers/mlp/{gate, up}/{kernel [L D F], bias [L F]}   layers/mlp/down/{kernel [L F D], bias [L D]}
     layers/{attention_norm, mlp_norm, attention_post_norm, mlp_post_norm}/{scale, bias} [L D]
+    layers/cross_attention/… and layers/cross_attention_{norm, post_norm}/… like those of attention
 """
 
 from __future__ import annotations
