@@ -1,0 +1,166 @@
+"""What is computed once and kept: folders that are complete or absent, and content hashes of files.
+
+A folder is built under a temporary name, synced to disk and renamed, so a killed or concurrent build
+leaves nothing half-written. Processes of one machine that want the same folder wait for the one
+that builds it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import xxhash
+
+from jaxllm.config import ConfigError, DataConfig
+
+_BLOCK_BYTES = 1 << 22
+_RACY_SECONDS = 2.0
+
+
+def root(config: DataConfig) -> Path:
+    """The cache's folder: `data.cache_dir`, else $JAXLLM_CACHE, else ~/.cache/jaxllm.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    path = Path(config.cache_dir or os.environ.get("JAXLLM_CACHE") or Path.home() / ".cache" / "jaxllm").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"the cache folder {path} cannot be written ({error.strerror}); set data.cache_dir to one that can") from None
+    return path
+
+
+def key(*parts: object) -> str:
+    """32 hex digits that name a combination of JSON values.
+
+    >>> key('a', 1) == key('a', 1) != key('a', 2)
+    True
+    """
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def folder(target: Path, build: Callable[[Path], None]) -> Path:
+    """`target`, made by `build(an empty folder)` if it is not there yet.
+
+    Raises:
+      ConfigError: the disk is full or refuses.
+    """
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.with_name(f".{target.name}.lock")) as alone:
+            if target.exists():
+                return target
+            if alone:  # what a killed build left behind
+                for stale in target.parent.glob(f".{target.name}.tmp-*"):
+                    shutil.rmtree(stale, ignore_errors=True)
+            temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
+            temporary.mkdir()
+            try:
+                build(temporary)
+                for path in [*temporary.iterdir(), temporary]:
+                    _sync(path)
+                with contextlib.suppress(FileExistsError):  # another machine on a shared disk was first
+                    _rename(temporary, target)
+                _sync(target.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {error.filename or target} ({error.strerror}); free some space or set data.cache_dir to another disk"
+        ) from error
+    return target
+
+
+def _rename(temporary: Path, target: Path) -> None:
+    try:
+        temporary.rename(target)
+    except OSError as error:
+        if target.exists():
+            raise FileExistsError from error
+        raise
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold the file's lock; False where the file system has none. It ends with the process, however that dies."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fingerprint(paths: Sequence[Path], cache: Path, *, text: bool) -> str:
+    """A hash of the files' contents, remembered by their names, sizes and times.
+
+    Args:
+      text: also check that every file is UTF-8 text without NUL bytes.
+
+    Raises:
+      ConfigError: a file that cannot be read, or is not text; with its name and the byte where it goes wrong.
+    """
+    stats = [path.stat() for path in paths]
+    identity = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)]
+    memo = cache / "files" / key("v1", identity, text)
+    if not memo.exists():
+        digest = xxhash.xxh3_128()
+        for path in paths:
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            for block in _blocks(path, text=text):
+                digest.update(block)
+        # A file written within the clock's grain could change again without a new time: not remembered.
+        if time.time() - max((stat.st_mtime for stat in stats), default=0.0) < _RACY_SECONDS:
+            return digest.hexdigest()
+        folder(memo, lambda to: (to / "hash").write_text(digest.hexdigest()) and None)
+    return (memo / "hash").read_text()
+
+
+def _blocks(path: Path, *, text: bool) -> Iterator[bytes]:
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                if text:
+                    if (at := block.find(b"\0")) >= 0:
+                        raise _not_text(path, f"a NUL byte at offset {offset + at}")
+                    decoder.decode(block)
+                yield block
+                offset += len(block)
+        if text:
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise _not_text(path, f"bytes near offset {offset + error.start} are not UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"data file {path} cannot be read ({error.strerror}); check its permissions or leave it out of the path") from None
+
+
+def _not_text(path: Path, why: str) -> ConfigError:
+    return ConfigError(f"data file {path} is not text: {why}; convert it to UTF-8, or narrow the path, e.g. to '{path.parent}/*.txt'")

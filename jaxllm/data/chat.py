@@ -1,0 +1,140 @@
+"""A document as pieces of text that carry loss or do not, and as token ids with their loss flags.
+
+A chat without a template of the tokenizer's own is written as
+
+    <|user|>
+    What is 2 + 2?
+    <|assistant|>
+    4[eos]
+
+where the role lines are plain text, the assistant's turns end with the tokenizer's eos, and a newline
+separates turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.sandbox
+import numpy as np
+
+from jaxllm.config import ConfigError
+from jaxllm.data.source import Document
+from jaxllm.data.tokenizer import Tokenizer
+
+
+class Piece(NamedTuple):
+    """Consecutive text of one kind."""
+
+    text: str
+    loss: bool
+    special: bool = False
+    """Names of special tokens in the text are those tokens: only what a template wrote."""
+    ends: bool = False
+    """eos follows, and carries loss as the text does."""
+
+
+class Encoded(NamedTuple):
+    """One document's tokens."""
+
+    ids: np.ndarray
+    loss: np.ndarray | None
+    """Whether each token carries loss as a label; None where all do."""
+
+
+def encode(documents: Sequence[Document], tokenizer: Tokenizer, loss_on: str) -> list[Encoded]:
+    """Each document's ids, from bos (where the tokenizer has one) to eos.
+
+    Raises:
+      ConfigError: the tokenizer has no eos, or its chat template fails.
+    """
+    if tokenizer.eos_id is None:
+        raise ConfigError("the tokenizer has no eos token to end documents with; name one as eos_token in a tokenizer_config.json beside it")
+    split = [pieces(document, tokenizer.chat_template, loss_on) for document in documents]
+    ids: dict[bool, Any] = {
+        special: iter(tokenizer.encode_batch([p.text for ps in split for p in ps if p.special is special], special=special))
+        for special in (False, True)
+    }
+    out = []
+    for parts in split:
+        tokens: list[int] = []
+        loss: list[bool] = []
+        for piece in parts:
+            new = next(ids[piece.special]) + [tokenizer.eos_id] * piece.ends
+            tokens += new
+            loss += [piece.loss] * len(new)
+        if tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
+            tokens.insert(0, tokenizer.bos_id)
+            loss.insert(0, False)
+        if tokens[-1:] != [tokenizer.eos_id]:
+            tokens.append(tokenizer.eos_id)
+            loss.append(not parts or parts[-1].loss)
+        everything = all(piece.loss for piece in parts)
+        out.append(Encoded(np.asarray(tokens, np.uint32), None if everything else np.asarray(loss, bool)))
+    return out
+
+
+def pieces(document: Document, template: str | None, loss_on: str) -> list[Piece]:
+    """The document's text in order; a prompt carries no loss, and with loss_on 'assistant' only the assistant's turns do.
+
+    Spaces at the end of a prompt move to the completion, where tokenizers expect them: ' Paris', not 'Paris'.
+
+    >>> pieces(Document(text='Paris', prompt='Capital of France? '), None, 'completion')[1].text
+    ' Paris'
+    """
+    if document.messages:
+        everything = loss_on != "assistant"
+        return _templated(document.messages, template, everything) if template else _plain(document.messages, everything)
+    if not document.prompt:
+        return [Piece(document.text, True)]
+    prompt = document.prompt.rstrip(" ")
+    return [Piece(prompt, False), Piece(document.prompt[len(prompt) :] + document.text, True)]
+
+
+def _plain(messages: Sequence[Mapping[str, str]], everything: bool) -> list[Piece]:
+    out: list[Piece] = []
+    for turn, message in enumerate(messages):
+        assistant = message["role"] == "assistant"
+        out.append(Piece(("\n" if turn else "") + f"<|{message['role']}|>\n", everything))
+        out.append(Piece(message["content"], everything or assistant, ends=assistant))
+    return out
+
+
+def _templated(messages: Sequence[Mapping[str, str]], template: str, everything: bool) -> list[Piece]:
+    """The rendered chat, cut where an assistant's turn begins and ends.
+
+    A turn's text is what rendering one message more adds, so the template must write turns one after the other.
+    """
+    whole = _render(messages, template)
+    out: list[Piece] = []
+    done = 0
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant" or everything:
+            continue
+        before, after = _render(messages[:turn], template, generation=True), _render(messages[: turn + 1], template)
+        if not (whole.startswith(after) and after.startswith(before)):
+            raise ConfigError("the tokenizer's chat template rewrites earlier turns, so loss_on 'assistant' cannot find them; use loss_on 'all'")
+        out += [Piece(whole[done : len(before)], False, special=True), Piece(after[len(before) :], True, special=True)]
+        done = len(after)
+    return [piece for piece in (*out, Piece(whole[done:], everything, special=True)) if piece.text]
+
+
+def _render(messages: Sequence[Mapping[str, str]], template: str, generation: bool = False) -> str:
+    try:
+        return _compile(template).render(messages=messages, add_generation_prompt=generation, bos_token="", eos_token="")
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"the tokenizer's chat template fails on this chat ({error}); check the roles and their order") from None
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(template)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,142 @@
+"""Rows of token arrays out of corpora and plans: random access by row number of the run, NumPy only.
+
+This is what grain's worker processes unpickle, so nothing here imports jax.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxllm.config import DataConfig
+from jaxllm.data import cache as caching
+from jaxllm.data.corpus import Corpus
+from jaxllm.data.mixture import Order, Place
+from jaxllm.data.packing import Packing, Plan, combine, make_plan
+
+type Arrays = dict[str, np.ndarray]
+"""tokens, labels, loss_mask, segment_ids, positions [B T] and source [B]."""
+
+_VERSION = "v1"
+_OPEN_PLANS = 8
+
+
+class PackedCorpus:
+    """One corpus with its plan of every epoch, each planned once and kept beside the corpus.
+
+    Args:
+      held_out: which side of the held-out split; None for all documents.
+      key: of the order of the documents; None keeps their own, and all epochs are the same.
+    """
+
+    def __init__(
+        self, corpus: Corpus, *, held_out: bool | None, fraction: float, sequence_length: int, packing: Packing, separate: bool, key: int | None
+    ) -> None:
+        self.corpus, self.held_out, self.fraction = corpus, held_out, fraction
+        self.sequence_length, self.packing, self.separate, self.key = sequence_length, packing, separate, key
+        self._plans: OrderedDict[int, Plan] = OrderedDict()
+
+    def plan(self, epoch: int) -> Plan:
+        """The plan of one epoch."""
+        epoch = 0 if self.key is None else epoch
+        plan = self._plans.get(epoch)
+        if plan is None:
+            key = None if self.key is None else combine(self.key, epoch)
+            side = [self.held_out, self.fraction if self.held_out is not None else None]
+            name = caching.key(_VERSION, side, self.sequence_length, self.packing, self.separate, key)
+            folder = caching.folder(self.corpus.folder / f"plan-{name}", lambda to: self._make(key).save(to))
+            self._plans[epoch] = plan = Plan.load(folder)
+            while len(self._plans) > _OPEN_PLANS:
+                self._plans.popitem(last=False)
+        return plan
+
+    def _make(self, key: int | None) -> Plan:
+        documents = self.corpus.documents(self.held_out, self.fraction)
+        return make_plan(self.corpus.offsets, documents, self.sequence_length, self.packing, separate=self.separate, key=key)
+
+    def __reduce__(self) -> Any:
+        names = ("held_out", "fraction", "sequence_length", "packing", "separate", "key")
+        return _reopen, (self.corpus, {name: getattr(self, name) for name in names})
+
+
+def _reopen(corpus: Corpus, options: dict[str, Any]) -> PackedCorpus:
+    return PackedCorpus(corpus, **options)
+
+
+class Rows:
+    """Any rows of a run, by number."""
+
+    def __init__(self, packed: Sequence[PackedCorpus], config: DataConfig, key: int | None, fill_id: int) -> None:
+        self.packed, self.config, self.key, self.fill_id = list(packed), config, key, fill_id
+        self.order = Order(config, lambda source, epoch: self.packed[source].plan(epoch).num_rows, key)
+
+    def __reduce__(self) -> Any:
+        return Rows, (self.packed, self.config, self.key, self.fill_id)
+
+    def read(self, rows: np.ndarray) -> Arrays:
+        """The arrays of these rows of the run, in order."""
+        return self.at(self.order.places(rows))
+
+    def at(self, places: Sequence[Place]) -> Arrays:
+        """The arrays of the rows at these places; rows of one plan are gathered at once."""
+        out = empty(len(places), self.config.sequence_length, self.fill_id)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, place in enumerate(places):
+            groups.setdefault((place.source, place.epoch), []).append(i)
+        for (source, epoch), members in groups.items():
+            packed = self.packed[source]
+            plan = packed.plan(epoch)
+            wanted = np.array([places[i].row for i in members])
+            first, counts = plan.rows[wanted], plan.rows[wanted + 1] - plan.rows[wanted]
+            pieces = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+            fill(out, np.repeat(members, counts), plan.starts[pieces], plan.lengths[pieces], packed.corpus, packed.separate)
+            out["source"][members] = source
+        return out
+
+
+def empty(num_rows: int, sequence_length: int, fill_id: int) -> Arrays:
+    """Rows of padding."""
+    shape = (num_rows, sequence_length)
+    return {
+        "tokens": np.full(shape, fill_id, np.int32),
+        "labels": np.full(shape, fill_id, np.int32),
+        "loss_mask": np.zeros(shape, np.float32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "source": np.zeros(num_rows, np.int32),
+    }
+
+
+def fill(out: Arrays, row: np.ndarray, starts: np.ndarray, lengths: np.ndarray, corpus: Corpus, separate: bool) -> None:
+    """Write pieces into rows of padding, one after the other within each row.
+
+    Args:
+      row: [num] row of each piece, pieces of a row being consecutive.
+      starts, lengths: [num] which tokens of the corpus are the inputs.
+      separate: number the pieces of a row as segments 1, 2, … with positions from 0; else a row is one segment.
+    """
+    if not len(row):
+        return
+    lengths = lengths.astype(np.int64)
+    before = np.cumsum(lengths) - lengths  # places taken by earlier pieces, over all rows
+    is_first = np.diff(row, prepend=-1) != 0
+    row_begin = np.maximum.accumulate(np.where(is_first, before, 0))
+    piece_begin = np.maximum.accumulate(np.where(is_first, np.arange(len(row)), 0))
+    within = np.arange(lengths.sum()) - np.repeat(before, lengths)
+    index = np.repeat(starts, lengths) + within
+    at = (np.repeat(row, lengths), within + np.repeat(before - row_begin, lengths))
+    # A piece that ends where a document ends has eos as its last input, which predicts nothing.
+    ends = starts + lengths
+    is_border = corpus.offsets[np.searchsorted(corpus.offsets, ends)] == ends
+    predicts = np.ones(len(index), bool)
+    predicts[before[is_border] + lengths[is_border] - 1] = False
+    label = index[predicts] + 1
+    where = (at[0][predicts], at[1][predicts])
+    out["tokens"][at] = corpus.tokens[index]
+    out["labels"][where] = corpus.tokens[label]
+    out["loss_mask"][where] = corpus.carries_loss(label)
+    out["segment_ids"][at] = np.repeat(np.arange(len(row)) - piece_begin + 1, lengths) if separate else 1
+    out["positions"][at] = within if separate else at[1]

@@ -1,0 +1,430 @@
+"""The one training loop: resume, step, log, evaluate, save; stop on a signal, rewind on a spike.
+
+The host runs one step ahead of what it has read: step k + 1 is dispatched before the metrics of step k
+are fetched, so that data, logging and progress cost no device time. Whatever looks at the state itself
+(saving, evaluating, sampling, the end) first settles every step in flight.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm import config as configs
+from jaxllm import hosts, metrics, rundir, sharding, spike
+from jaxllm.checkpoint import Checkpointer
+from jaxllm.config import ConfigError
+from jaxllm.data.batch import Item, Position, to_global
+from jaxllm.step import Experiment, Frozen, TrainState, fresh_frozen, make_step, state_factory, student_params
+
+type Say = Callable[[str], None]
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on. The message says where it was and what is safe."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a call of `run` ended."""
+
+    run_dir: Path
+    step: int
+    exit_code: int
+    """0, or 128 + the signal that stopped it."""
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A step that was dispatched and whose numbers have not been read."""
+
+    step: int
+    item: Item
+    metrics: dict[str, Any]
+    stop: Any
+    data_seconds: float
+
+
+def run(experiment: Experiment, precision: str, say: Say = print, more_environment: dict[str, Any] | None = None) -> Ending:
+    """Train `experiment` from wherever its run directory has got to, until the last step or a signal.
+
+    The same call resumes: the state, the data position and the randomness are the checkpoint's, so the bits
+    at the end are those of an unbroken run.
+
+    Args:
+      precision: what the experiment's LM was built with; recorded, so that resuming uses it again.
+      say: where progress goes.
+      more_environment: further entries of `environment.json`.
+
+    Raises:
+      ConfigError: something that cannot run, found before anything is compiled.
+      TrainingFailed: a loss that is not finite, or a disk that is full.
+    """
+    config = experiment.config
+    say = hosts.only_first(say)
+    mesh = sharding.make_mesh(config.mesh)
+    notes = sharding.check_fit(config.model, config.data, config.optim, mesh)
+    with ExitStack() as stack:
+        stack.enter_context(hosts.fail_together())
+        signals = stack.enter_context(hosts.Signals())
+        run_dir = stack.enter_context(rundir.claim(config, precision))
+        say(f"run directory: {run_dir}")
+        for note in notes:
+            say(f"note: {note}")
+        writer = stack.enter_context(metrics.Writer(run_dir, wandb_project=config.wandb_project, config=configs.to_dict(config)))
+        stack.enter_context(jax.set_mesh(mesh))
+        session = Session(experiment, mesh, run_dir, writer, signals, say)
+        session.describe(precision, more_environment or {})
+        session.resume()
+        return session.train()
+
+
+class Session:
+    """One process's share of one run: the objects that live as long as it, and the state that changes."""
+
+    def __init__(
+        self, experiment: Experiment, mesh: jax.sharding.Mesh, run_dir: Path, writer: metrics.Writer, signals: hosts.Signals, say: Say
+    ) -> None:
+        self.experiment, self.config, self.mesh, self.run_dir = experiment, experiment.config, mesh, run_dir
+        self.writer, self.signals, self.say = writer, signals, say
+        config = self.config
+        self.dataset = experiment.load_data(config.data, seed=config.seed, say=say)
+        if self.dataset.tokenizer.num_vocab > config.model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {self.dataset.tokenizer.num_vocab} tokens, and model.vocab_size is {config.model.vocab_size}; "
+                f"use --model.vocab_size {self.dataset.tokenizer.num_vocab} or a smaller tokenizer"
+            )
+        self.make_state, self.template, optimizer = state_factory(experiment, mesh)
+        step = make_step(experiment, optimizer, mesh)
+        out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, self.template), None)
+        self.step_fn = jax.jit(step, donate_argnums=(0,), out_shardings=out_shardings)
+        self.vote = hosts.Vote(mesh)
+        keep = config.keep_last
+        if config.spike.enabled:  # a rewind needs a checkpoint from before the spike
+            keep = max(keep, math.ceil(config.spike.rewind_steps / config.save_every) + 1)
+        self.checkpoints = Checkpointer(run_dir / "checkpoints", keep, config.keep_every)
+        self.rows = partial(sharding.host_rows, mesh)
+
+        self.state: TrainState
+        self.frozen: Frozen = {}
+        self.position: Position = self.dataset.start()
+        self.done_steps = 0
+        self.tokens_seen = 0.0
+        self.train_seconds = 0.0
+        self.recent_losses: deque[float] = deque(maxlen=config.spike.window)
+        self.watch = metrics.Stopwatch()
+        self.lap_tokens = self.lap_steps = 0.0
+        self.lap_data_seconds = 0.0
+        self.first_call_seconds: float | None = None
+
+    # ------------------------------------------------------------------------------ start and resume
+
+    def describe(self, precision: str, more: dict[str, Any]) -> None:
+        """Write down, and say, what this run is: everything somebody needs to run it again."""
+        config, mesh = self.config, self.mesh
+        self.num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(self.experiment.lm.init, jax.random.key(0))))
+        self.peak, source = self._peak(precision)
+        model = config.model
+        self.flops_per_token = metrics.model_flops_per_token(
+            self.num_params, model.num_layers, model.num_heads * model.head_size, config.data.sequence_length
+        )
+        block = self.flops_per_token - 6 * model.vocab_size * model.width * (1 if model.tied_embeddings else 2)
+        recomputed = {"none": 0.0, "minimal": 0.0, "dots": 0.0, "full": block / 3}[config.remat]
+        self.executed_flops_per_token = self.flops_per_token + recomputed
+        mesh_text = " × ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)
+        plan = self._batch_plan()
+        for line in (
+            f"{self.num_params:,} parameters on {mesh_text}; {plan[0]}",
+            *plan[1:],
+            f"peak {self.peak / 1e9:,.0f} GFLOP/s ({source}); {self.flops_per_token / 1e6:,.1f} MFLOP per token "
+            f"= 6 × {self.num_params:,} + 12 × L {model.num_layers} × N·H {model.num_heads * model.head_size} "
+            f"× T {config.data.sequence_length}, attention counted as T × T",
+        ):
+            self.say(line)
+        if jax.process_index() == 0:
+            environment = rundir.environment(
+                config, mesh=mesh_text, precision=precision, corpus=self.dataset.fingerprint,
+                tokenizer=self.dataset.tokenizer.fingerprint, peak_flops=self.peak, peak_source=source, batch_plan=plan, **more,
+            )  # fmt: skip
+            rundir.write_json(self.run_dir / "environment.json", environment)
+            rundir.write_json(self.run_dir / "data.json", self.dataset.describe())
+            self.dataset.tokenizer.save(self.run_dir / "tokenizer")
+
+    def _peak(self, precision: str) -> tuple[float, str]:
+        device, operand = jax.devices()[0], "float32" if precision == "float32" else "bfloat16"
+        known = metrics.peak_flops(device.device_kind, operand)
+        if known is not None:
+            return known[0] * self.mesh.size, known[1]
+        if device.platform == "cpu":  # all fake devices share one machine
+            return metrics.measured_peak(operand), f"{operand} matmul measured here"
+        return metrics.measured_peak(operand, size=8192) * self.mesh.size, f"{operand} matmul measured here, × {self.mesh.size}"
+
+    def _batch_plan(self) -> list[str]:
+        """One line for each phase of the batch ramp, with the arithmetic."""
+        data, micro = self.config.data, self.config.optim.num_microbatches
+        rows = data.batch_size // micro
+        phases = [*data.batch_ramp, (None, data.batch_size)]
+        return [
+            f"batch {size} rows × {data.sequence_length} = {size * data.sequence_length:,} tokens"
+            + (f" = {size // rows} × {rows} rows" if micro > 1 else "")
+            + (f" for {steps:,} steps" if steps is not None else "")
+            for steps, size in phases
+        ]
+
+    def resume(self) -> None:
+        """Take up the newest good checkpoint, or start from the seed or the given weights."""
+        restored = self.checkpoints.restore(self.template, say=self.say)
+        self.frozen = fresh_frozen(self.experiment, self.mesh)
+        if self.experiment.load_frozen is not None:
+            self.frozen |= self.experiment.load_frozen(self.mesh)
+        if restored is None:
+            first = self.experiment.initial_params
+            self.state = self.make_state(None if first is None else first(self.mesh))
+            self.writer.cut_back(0)
+            return
+        self._take(restored)
+        self.say(f"resuming from step {self.done_steps:,} in {self.run_dir}")
+        self.writer.event(self.done_steps, "resume", f"resumed from the checkpoint of step {self.done_steps}")
+
+    def _take(self, restored: Any) -> None:
+        meta = restored.meta
+        if meta["corpus"] != self.dataset.fingerprint:
+            raise ConfigError(
+                f"the corpus is not the one this run was trained on (was {meta['corpus']}, is {self.dataset.fingerprint}); "
+                "restore the data, or choose another --run_dir"
+            )
+        self.state, self.done_steps = restored.state, restored.step
+        self.position = Position.from_json(meta["position"])
+        self.tokens_seen, self.train_seconds = meta["tokens_seen"], meta["train_seconds"]
+        self.recent_losses = deque(meta["recent_losses"], maxlen=self.config.spike.window)
+        self.writer.cut_back(self.done_steps)
+        if jax.process_index() == 0:
+            metrics.cut_lines(self.run_dir / "samples.jsonl", self.done_steps)
+
+    # ------------------------------------------------------------------------------------------ train
+
+    def train(self) -> Ending:
+        """Steps until the last one, a signal, or an error; rewinds as often as the loss spikes."""
+        if self.done_steps >= self.config.num_steps and (self.run_dir / "results.json").exists():
+            self.say(f"this run is finished: {self.done_steps:,} steps. To go on: {self.go_on()}")
+            return Ending(self.run_dir, self.done_steps, 0)
+        exit_code = 0
+        while self.done_steps < self.config.num_steps and not exit_code:
+            exit_code, spiked = self._train_until_interrupted()
+            if spiked is not None:
+                self._rewind(spiked)
+        self._save()
+        self._flush()
+        if exit_code:
+            self.say(f"stopped after step {self.done_steps:,}, saved. To go on: {rundir.command()}")
+        else:
+            self._finish()
+        return Ending(self.run_dir, self.done_steps, exit_code)
+
+    def _train_until_interrupted(self) -> tuple[int, InFlight | None]:
+        """(exit code of a signal or 0, the step whose loss spiked or None). Settles everything before it returns."""
+        config, pending = self.config, deque[InFlight]()
+        items: Iterator[Item] = self.dataset.read(self.position, self.rows)
+        self.watch.lap()
+        for _ in range(config.num_steps - self.done_steps):
+            start = time.perf_counter()
+            item = next(items)
+            batch = to_global(item.batch, self.mesh, self.dataset.batch_size(item.batch_id))
+            data_seconds = time.perf_counter() - start
+            self._profile(self.done_steps + 1)
+            self.state, numbers = self.step_fn(self.state, self.frozen, batch)
+            self.done_steps += 1
+            self.position = item.next_position
+            pending.append(InFlight(self.done_steps, item, numbers, self.vote(self.signals.code), data_seconds))
+            boundary = self._is_boundary(self.done_steps)
+            stop, spiked = 0, None
+            while len(pending) > (0 if boundary else 1) and not stop and spiked is None:
+                stop, spiked = self._settle(pending.popleft())
+            if spiked is not None:
+                return 0, spiked
+            if stop or (self.signals.code and jax.process_count() == 1):
+                for flight in pending:
+                    _, spiked = self._settle(flight)
+                    if spiked is not None:
+                        return 0, spiked
+                return int(stop) or self.signals.code, None
+            if boundary:
+                with self.watch.excluded():
+                    self._at_boundary()
+        return 0, None
+
+    def _is_boundary(self, step: int) -> bool:
+        """Whether something looks at the state after this step."""
+        config = self.config
+        every = (config.save_every, config.eval_every, config.sample_every)
+        return step == config.num_steps or any(n and step % n == 0 for n in every)
+
+    def _at_boundary(self) -> None:
+        config, step = self.config, self.done_steps
+        last = step == config.num_steps
+        if step % config.save_every == 0 and not last:
+            self._save()
+        if config.eval_every and step % config.eval_every == 0 and not last:
+            self._evaluate()
+        if config.sample_every and step % config.sample_every == 0 and not last:
+            self._sample()
+
+    def _settle(self, flight: InFlight) -> tuple[int, InFlight | None]:
+        """Read one step's numbers: log them, and say whether to stop (a signal's exit code) or rewind (the step)."""
+        values = {name: float(value) for name, value in jax.device_get(flight.metrics).items()}
+        stop, step, loss = int(flight.stop), flight.step, values["loss"]
+        if spike.is_spike(self.config.spike, self.recent_losses, loss):
+            return stop, flight
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if bad:
+            self.writer.write(step, values)
+            saved = self.checkpoints.saved_steps()
+            raise TrainingFailed(
+                f"{' and '.join(bad)} not finite at step {step} (batch id {flight.item.batch_id}); the last good checkpoint is "
+                f"{f'step {saved[-1]}' if saved else 'none'}. Lower --optim.lr, or turn on --spike.enabled True to rewind and skip such batches"
+            )
+        self.recent_losses.append(loss)
+        tokens = values.pop("tokens")
+        self.tokens_seen += tokens
+        self.lap_tokens += tokens
+        self.lap_steps += 1
+        self.lap_data_seconds += flight.data_seconds
+        if step % self.config.log_every == 0 or step == self.config.num_steps or step == 1:
+            self._log(step, values)
+        return stop, None
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        seconds = max(self.watch.lap(), 1e-9)
+        self.train_seconds += seconds
+        speed = self.lap_tokens / seconds
+        rates = {
+            "tokens_per_second": speed,
+            "mfu": metrics.mfu(speed, self.flops_per_token, self.peak),
+            "hfu": metrics.mfu(speed, self.executed_flops_per_token, self.peak),
+            "step_seconds": seconds / self.lap_steps,
+            "data_seconds": self.lap_data_seconds / self.lap_steps,
+            "memory_bytes": memory_bytes(),
+        }
+        if step == 1 and self.first_call_seconds is None:
+            self.first_call_seconds = seconds
+            self.say(f"first step after {seconds:.1f} s (compilation included)")
+        eta = (self.config.num_steps - step) * rates["step_seconds"]
+        self.lap_tokens = self.lap_steps = self.lap_data_seconds = 0.0
+        self.writer.write(step, values | rates | {"tokens": self.tokens_seen})
+        self.say(metrics.progress(step, self.config.num_steps, values | rates, None if step == 1 else eta))
+
+    def _profile(self, next_step: int) -> None:
+        """Start or end the profiler's trace around the steps asked for."""
+        if self.config.profile_steps is None:
+            return
+        first, last = self.config.profile_steps
+        if next_step == first:
+            jax.profiler.start_trace(str(self.run_dir / "profile"))
+        elif next_step == last + 1:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self.say(f"profile of steps {first}–{last}: {self.run_dir / 'profile'}")
+
+    # ----------------------------------------------------------------------- save, rewind, evaluate, end
+
+    def _save(self) -> None:
+        """Hand the state over to be saved; returns once it is copied off the device."""
+        if self.done_steps in self.checkpoints.saved_steps():
+            return
+        meta = {
+            "step": self.done_steps,
+            "position": self.position.to_json(),
+            "corpus": self.dataset.fingerprint,
+            "tokens_seen": self.tokens_seen,
+            "train_seconds": self.train_seconds,
+            "recent_losses": list(self.recent_losses),
+            "num_vocab": self.config.model.vocab_size,
+            "config": configs.to_dict(self.config),
+            "versions": {name: sys.modules[name].__version__ for name in ("jax", "flax", "optax") if name in sys.modules},
+        }
+        self.checkpoints.save(self.done_steps, self.state, meta, num_vocab=self.config.model.vocab_size)
+
+    def _flush(self) -> None:
+        self.checkpoints.wait()
+
+    def _rewind(self, spiked: InFlight) -> None:
+        """Back to a checkpoint before the spike, with the batches around it on the skip list."""
+        self._flush()
+        config, saved = self.config.spike, self.checkpoints.saved_steps()
+        step = spike.restart_step(config, saved, spiked.step)
+        if step is None:
+            raise TrainingFailed(
+                f"the loss spiked at step {spiked.step} (batch id {spiked.item.batch_id}), and there is no checkpoint before it to rewind to; "
+                "save earlier with --save_every"
+            )
+        restored = self.checkpoints.restore(self.template, step=step, say=self.say)
+        assert restored is not None
+        self.checkpoints.delete_after(step)
+        self._take(restored)
+        first, last = spike.skip_range(config, self.position.batch_id, spiked.item.batch_id)
+        self.position = self.position.skip(first, last)
+        message = f"the loss spiked at step {spiked.step}: back to step {step}, skipping batches {first}–{last - 1}"
+        self.say(message)
+        self.writer.event(step, "spike", message)
+
+    def _evaluate(self) -> dict[str, Any]:
+        if self.experiment.evaluate is None:
+            return {}
+        params = student_params(self.state, self.frozen)
+        numbers = self.experiment.evaluate(params, self.dataset, self.mesh, self.config.eval_batches)
+        self.writer.write(self.done_steps, numbers, kind="eval")
+        self.say(metrics.progress(self.done_steps, self.config.num_steps, {"held_out_loss": numbers["loss"], **_only(numbers, "bits_per_byte")}))
+        return numbers
+
+    def _sample(self) -> None:
+        if self.experiment.sample is None:
+            return
+        samples = self.experiment.sample(student_params(self.state, self.frozen), self.dataset, self.mesh)
+        if jax.process_index() == 0:
+            rundir.append_lines(self.run_dir / "samples.jsonl", [{"step": self.done_steps, **sample} for sample in samples])
+        for sample in samples[:2]:
+            self.say(f"  {sample['prompt']!r} → {sample['completion'][:100]!r}")
+
+    def _finish(self) -> None:
+        """The last evaluation and samples, and `results.json`, whose presence says that the run is complete."""
+        evaluation = self._evaluate()
+        self._sample()
+        results = {
+            "num_params": self.num_params,
+            "tokens_seen": self.tokens_seen,
+            "wall_seconds": self.train_seconds,
+            "steps": self.done_steps,
+            "go_on": self.go_on(),
+            **evaluation,
+        }
+        if self.experiment.finish is not None:
+            results |= self.experiment.finish(self.dataset, evaluation)
+        if jax.process_index() == 0:
+            rundir.write_json(self.run_dir / "results.json", results)
+
+    def go_on(self) -> str:
+        """The command that trains this run for as many steps again."""
+        words = rundir.command().split(" --num_steps ")[0]
+        return f"{words} --num_steps {2 * self.config.num_steps}"
+
+
+def _only(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
+
+
+def memory_bytes() -> float:
+    """Peak memory of the first local device, or of this process where the device does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return float(stats.get("peak_bytes_in_use") or np.int64(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024)

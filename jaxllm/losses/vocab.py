@@ -1,0 +1,346 @@
+"""The one place where logits exist, a chunk of positions at a time.
+
+`over_vocab` makes a single pass over T for all its terms. Each chunk's value and gradient are taken
+together, in the forward pass: the cotangent of a loss is one number, so the gradient with respect to
+hidden states and unembedding can be finished there and only scaled later. That is three matmuls of
+size T·D·V (logits, d hidden, d unembedding) where rematerialising needs four, and never more than
+`chunk` positions of logits in memory.
+
+On a mesh the pass is manual over the data axes (`jax.shard_map`) and automatic over `model`. The
+unembedding is gathered over `data` once, before the loop, and made varying there, so that its gradient is
+reduced once, after the loop; left to the partitioner, that reduction lands inside the loop. Hidden states are
+gathered over `model`, which shards V.
+
+Dimension letters: B batch, T length, c chunk of T, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllm import sharding
+from jaxllm.config import ConfigError, nearest
+from jaxllm.contract import STUDENT, Batch, Mean, Obs, Unembedding
+from jaxllm.losses.core import Coefficient, LossTransform, Means, Scalar, Weights, constant, inverse, stateless, value_of
+
+type TokenLoss = Callable[[View], Float[Array, "B c"]]
+"""One number per token of the chunk; the pass applies mask, weight and coefficient."""
+
+DEFAULT_CHUNK = 128
+
+
+class View:
+    """One chunk of tokens, as token losses see it: logits on demand, made once, for any model in `Obs`.
+
+    A vocabulary sharded over `model` stays local, because nothing here gathers from V.
+    """
+
+    def __init__(self, fields: dict[str, Array], unembeddings: dict[str, Unembedding]):
+        self._fields = fields
+        self._unembeddings = unembeddings
+        self._memo: dict[Any, Array] = {}
+
+    labels = property(lambda self: self._fields["labels"], doc="Int[B c]: the token that each position predicts.")
+    mask = property(lambda self: self._fields["loss_mask"], doc="Float[B c]: weight of each prediction.")
+    tokens = property(lambda self: self._fields["tokens"], doc="Int[B c]: inputs.")
+    positions = property(lambda self: self._fields["positions"], doc="Int[B c]: position within the document.")
+    segment_ids = property(lambda self: self._fields["segment_ids"], doc="Int[B c]: document within the row, 0 is padding.")
+
+    def extras(self, name: str) -> Array:
+        """`Batch.extras[name]`: [B c …], or [B …] if it has no T dimension."""
+        return self._named("extras", name)
+
+    def scores(self, name: str) -> Array:
+        """`Obs.scores[name]`: [B c] or [B]. No gradient flows into it."""
+        return self._named("scores", name)
+
+    def hidden(self, name: str = STUDENT) -> Float[Array, "B c D"]:
+        """Final hidden states."""
+        return self._named("hidden", name)
+
+    def num_vocab(self, name: str = STUDENT) -> int:
+        """Logical vocabulary size of a model."""
+        return self._unembedding(name).num_vocab
+
+    def logits(self, name: str = STUDENT) -> Float[Array, "B c V"]:
+        """float32 logits, -inf on padded vocabulary; without gradient for any model but the student."""
+
+        def make() -> Array:
+            logits = self._unembedding(name).logits(self.hidden(name))
+            return sharding.constrain(logits if name == STUDENT else jax.lax.stop_gradient(logits), "B T V")
+
+        return self._once(("logits", name), make)
+
+    def log_z(self, name: str = STUDENT, temperature: float = 1.0) -> Float[Array, "B c"]:
+        """log sum_v exp(logit_v / temperature)."""
+        return self._once(("log_z", name, temperature), lambda: jax.nn.logsumexp(self.logits(name) / temperature, axis=-1))
+
+    def log_probs(self, name: str = STUDENT, temperature: float = 1.0) -> Float[Array, "B c V"]:
+        """logits / temperature - log_z; -inf on padded vocabulary."""
+        make = lambda: self.logits(name) / temperature - self.log_z(name, temperature)[..., None]
+        return self._once(("log_probs", name, temperature), make)
+
+    def label_logit(self, name: str = STUDENT) -> Float[Array, "B c"]:
+        """The label's logit, by select-and-sum; 0 for a label outside the vocabulary."""
+        return self._once(("label_logit", name), lambda: jnp.sum(jnp.where(self.is_label(), self.logits(name), 0.0), axis=-1))
+
+    def label_log_prob(self, name: str = STUDENT) -> Float[Array, "B c"]:
+        """log p(label)."""
+        return self.label_logit(name) - self.log_z(name)
+
+    def is_label(self) -> Bool[Array, "B c V"]:
+        """One-hot labels."""
+        return self.vocab_ids() == self.labels[..., None]
+
+    def vocab_ids(self) -> Int[Array, " V"]:
+        """0 … V - 1, padding included."""
+        return jax.lax.iota(jnp.int32, self.logits().shape[-1])
+
+    def _once(self, key: Any, make: Callable[[], Array]) -> Array:
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    def _named(self, kind: str, name: str) -> Array:
+        if (key := f"{kind}/{name}") not in self._fields:
+            has = [k.removeprefix(f"{kind}/") for k in self._fields if k.startswith(f"{kind}/")]
+            where = {"extras": "Batch.extras", "scores": "Obs.scores", "hidden": "Obs.hidden"}[kind]
+            raise ConfigError(f"a token loss needs '{name}' in {where}, which has {', '.join(has) or 'nothing'}{nearest(name, has)}")
+        return self._fields[key]
+
+    def _unembedding(self, name: str) -> Unembedding:
+        if name not in self._unembeddings:
+            has = list(self._unembeddings)
+            raise ConfigError(
+                f"a token loss needs the model '{name}', and Obs has {', '.join(has) or 'none'}{nearest(name, has)}; "
+                f"add the annotator teacher(apply, '{name}')"
+            )
+        return self._unembeddings[name]
+
+
+def over_vocab(chunk: int = DEFAULT_CHUNK, **terms: tuple[Coefficient, TokenLoss]) -> LossTransform:
+    """Token losses over the vocabulary, averaged over `loss_mask`, in one chunked pass.
+
+    sum over terms of coefficient * sum_bt mask_bt * loss_bt / weight
+
+    Args:
+      chunk: at most this many positions of T (of all rows) have logits at one time.
+      terms: name=(coefficient, token loss). A coefficient of 0.0 makes a term a metric: it is measured, not differentiated.
+
+    Gradients reach the student's hidden states and unembedding, nothing else. They are computed with the value,
+    and only those that somebody asked for: an evaluation makes one matmul, a frozen unembedding saves one of three.
+
+    Raises:
+      ConfigError: no term, or a chunk below 1.
+    """
+    if not terms or chunk < 1:
+        raise ConfigError(f"over_vocab(chunk={chunk}, {', '.join(terms) or 'no terms'}): give a chunk of at least 1 and a term, ce=(1.0, next_token())")
+    plan = _Plan(tuple(terms.values()), chunk)
+
+    def weigh(batch: Batch) -> Weights:
+        return dict.fromkeys(terms, jnp.sum(batch.loss_mask, dtype=jnp.float32))
+
+    def update(obs: Obs, weights: Weights) -> tuple[Scalar, Means]:
+        for where, has in (("hidden", obs.hidden), ("unembeddings", obs.unembeddings)):
+            assert STUDENT in has, f"Obs.{where} has no '{STUDENT}'"
+        factors = [jnp.float32(value_of(c, obs.step)) * inverse(weights[name]) for name, (c, _) in terms.items()]
+        given = _Given(_fields(obs), {n: u for n, u in obs.unembeddings.items() if n != STUDENT}, jnp.stack(factors))
+        scalar, totals = _pass(plan, obs.hidden[STUDENT], obs.unembeddings[STUDENT], jax.lax.stop_gradient(given))
+        weight = jnp.sum(obs.batch.loss_mask, dtype=jnp.float32)
+        return scalar, constant({name: Mean(total, weight) for name, total in zip(terms, totals, strict=True)})
+
+    return stateless(weigh, update)
+
+
+# ----------------------------------------------------------------------------------------- the pass
+
+
+class _Plan(NamedTuple):
+    """What is static."""
+
+    terms: tuple[tuple[Coefficient, TokenLoss], ...]
+    chunk: int
+
+    @property
+    def trained(self) -> list[int]:
+        """Indices of the terms that are differentiated."""
+        return [i for i, (c, _) in enumerate(self.terms) if callable(c) or not (isinstance(c, (int, float)) and c == 0)]
+
+
+class _Given(NamedTuple):
+    """What is not differentiated."""
+
+    fields: dict[str, Array]
+    """[B T …] cut along T, and [B …]."""
+    unembeddings: dict[str, Unembedding]
+    """The other models'."""
+    factors: Float[Array, " terms"]
+    """coefficient / weight."""
+
+
+class _Result(NamedTuple):
+    scalar: Scalar
+    totals: Float[Array, " terms"]
+    d_hidden: Float[Array, "B T D"] | None
+    """None where nobody asked for it."""
+    d_leaves: list[Array | None]
+    """Of the student's unembedding."""
+
+
+def _fields(obs: Obs) -> dict[str, Array]:
+    batch = obs.batch
+    named = {"labels": batch.labels, "loss_mask": batch.loss_mask.astype(jnp.float32), "tokens": batch.tokens,
+             "positions": batch.positions, "segment_ids": batch.segment_ids}  # fmt: skip
+    named |= {f"extras/{k}": v for k, v in batch.extras.items()} | {f"scores/{k}": v for k, v in obs.scores.items()}
+    return named | {f"hidden/{k}": sharding.constrain(v, "B T .") for k, v in obs.hidden.items() if k != STUDENT}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pass(plan: _Plan, hidden: Array, unembedding: Unembedding, given: _Given) -> tuple[Scalar, Array]:
+    nothing = (False, [False] * len(jax.tree.leaves(unembedding)))
+    result = _on_mesh(plan, nothing, hidden, unembedding, given)
+    return result.scalar, result.totals
+
+
+def _pass_forward(plan: _Plan, hidden: Any, unembedding: Any, given: Any) -> tuple[tuple[Scalar, Array], Any]:
+    """Every array arrives with a flag: whether somebody wants the gradient with respect to it."""
+    is_argument = lambda x: hasattr(x, "perturbed")
+    value = lambda tree: jax.tree.map(lambda x: x.value, tree, is_leaf=is_argument)
+    leaves, structure = jax.tree.flatten(unembedding, is_leaf=is_argument)
+    trains = bool(plan.trained)
+    wanted = (trains and hidden.perturbed, [trains and leaf.perturbed for leaf in leaves])
+    result = _on_mesh(plan, wanted, value(hidden), value(unembedding), value(given))
+    return (result.scalar, result.totals), (result.d_hidden, jax.tree.unflatten(structure, result.d_leaves))
+
+
+def _pass_backward(plan: _Plan, gradients: Any, cotangents: tuple[Any, Any]) -> tuple[Any, Any, None]:
+    """Gradients are there already; None stands for zero. Totals are metrics: their cotangent is dropped."""
+    del plan
+    cotangent = cotangents[0]
+    if isinstance(cotangent, SymbolicZero):
+        return None, None, None
+    return *jax.tree.map(lambda g: None if g is None else (cotangent * g).astype(g.dtype), gradients, is_leaf=lambda g: g is None), None
+
+
+_pass.defvjp(_pass_forward, _pass_backward, symbolic_zeros=True)
+
+
+def _on_mesh(plan: _Plan, wanted: tuple[bool, list[bool]], hidden: Array, unembedding: Unembedding, given: _Given) -> _Result:
+    """The pass over local rows of every data shard: one gather before it, one reduction after it."""
+    hidden = sharding.constrain(hidden, "B T .")
+    mesh = sharding.current_mesh()
+    axes = () if mesh is None else tuple(a for a in sharding.BATCH_AXES if a in sharding.free_axes(mesh) and mesh.shape[a] > 1)
+    if mesh is None or not axes or hidden.shape[0] % sharding.axis_size(mesh, axes):
+        return _chunks(plan, wanted, hidden, unembedding, given)
+
+    kernels = [leaf.ndim == 2 and leaf.shape[1] % sharding.axis_size(mesh, "data") == 0 for leaf in jax.tree.leaves(unembedding)]
+
+    def local(hidden: Array, unembedding: Unembedding, given: _Given) -> _Result:
+        unembedding = jax.tree.map(lambda leaf: _varying(leaf, axes), unembedding)
+        result = _chunks(plan, wanted, hidden, unembedding, given, axes)
+        # A kernel's gradient leaves as one sum per shard, to be reduced and scattered at once outside.
+        reduce = lambda g, kernel: None if g is None else sharding.constrain(g[None], ". V .") if kernel else jax.lax.psum(g, axes)
+        d_leaves = list(map(reduce, result.d_leaves, kernels))
+        return _Result(jax.lax.psum(result.scalar, axes), jax.lax.psum(result.totals, axes), result.d_hidden, d_leaves)
+
+    gathered = lambda tree: jax.tree.map(lambda leaf: sharding.constrain(leaf, "V .") if leaf.ndim == 2 else leaf, tree)
+    given_specs = _Given({name: P(axes) for name in given.fields}, jax.tree.map(lambda _: P(), given.unembeddings), P())
+    out_specs = _Result(
+        P(), P(), P(axes) if wanted[0] else None,
+        [(P(axes) if kernel else P()) if want else None for want, kernel in zip(wanted[1], kernels, strict=True)],
+    )  # fmt: skip
+    run = jax.shard_map(local, in_specs=(P(axes), P(), given_specs), out_specs=out_specs, axis_names=set(axes))
+    result = run(hidden, gathered(unembedding), given._replace(unembeddings=gathered(given.unembeddings)))
+    finish = lambda g, kernel: _reduce_scatter(g, axes) if g is not None and kernel else g
+    return result._replace(d_leaves=list(map(finish, result.d_leaves, kernels)))
+
+
+def _reduce_scatter(partial_sums: Float[Array, "shards V D"], axes: tuple[str, ...]) -> Float[Array, "V D"]:
+    """Sum over the data shards, each keeping its part of D: manual over `model` too, which partial manual would gather."""
+    mesh = sharding.current_mesh()
+    assert mesh is not None
+    vocab = sharding.fit(("model",), partial_sums.shape[1:], mesh)[0]
+
+    def reduce(shard: Array) -> Array:
+        total, rest = shard[0], tuple(a for a in axes if a != "data")
+        if "data" in axes:
+            total = jax.lax.psum_scatter(total, "data", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(total, rest) if rest else total
+
+    return jax.shard_map(reduce, in_specs=P(axes, vocab), out_specs=P(vocab, "data" if "data" in axes else None))(partial_sums)
+
+
+def _chunks(
+    plan: _Plan, wanted: tuple[bool, list[bool]], hidden: Array, unembedding: Unembedding, given: _Given, axes: tuple[str, ...] = ()
+) -> _Result:
+    """Cut T into equal chunks, padded with mask 0, and sum over them. Everything varies over the mesh axes `axes`."""
+    length = hidden.shape[1]
+    num_chunks = -(-length // plan.chunk)
+    size = -(-length // num_chunks)
+    along_t = {name for name, x in given.fields.items() if x.ndim > 1 and x.shape[1] == length}
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * (x.ndim - 2)) if num_chunks * size > length else x
+    hidden, fields = pad(hidden), {name: pad(x) if name in along_t else x for name, x in given.fields.items()}
+
+    def at(i: Array) -> _Result:
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+        chunk = {name: cut(x) if name in along_t else x for name, x in fields.items()}
+        return _one_chunk(plan, wanted, cut(hidden), unembedding, given._replace(fields=chunk))
+
+    if num_chunks == 1:
+        result = _one_chunk(plan, wanted, hidden, unembedding, given._replace(fields=fields))
+    else:
+
+        def step(sums: _Result, i: Array) -> tuple[_Result, Array | None]:
+            new = at(i)
+            return jax.tree.map(jnp.add, sums, new._replace(d_hidden=None)), new.d_hidden
+
+        like = jax.eval_shape(at, jax.ShapeDtypeStruct((), jnp.int32))._replace(d_hidden=None)
+        zeros = jax.tree.map(lambda x: _varying(jnp.zeros(x.shape, x.dtype), axes), like)
+        result, d_hidden = jax.lax.scan(step, zeros, jnp.arange(num_chunks))
+        if d_hidden is not None:
+            d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)[:, :length]
+        result = result._replace(d_hidden=d_hidden)
+    leaves = jax.tree.leaves(unembedding)
+    return result._replace(d_leaves=[g if g is None else g.astype(leaf.dtype) for g, leaf in zip(result.d_leaves, leaves, strict=True)])
+
+
+def _varying(x: Array, axes: tuple[str, ...]) -> Array:
+    """`x` as an array that differs from shard to shard along `axes`, so that no reduction is inserted before they meet again."""
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def _one_chunk(plan: _Plan, wanted: tuple[bool, list[bool]], hidden: Array, unembedding: Unembedding, given: _Given) -> _Result:
+    """Value of one chunk and the wanted gradients; those of the unembedding in float32, because chunks add up."""
+    leaves, structure = jax.tree.flatten(unembedding)
+    wide = [leaf.astype(jnp.float32) if want else None for leaf, want in zip(leaves, wanted[1], strict=True)]
+
+    def value(hidden: Array, wide: list[Array | None]) -> tuple[Scalar, Array]:
+        used = [leaf if new is None else new for leaf, new in zip(leaves, wide, strict=True)]
+        unembeddings = {**given.unembeddings, STUDENT: jax.tree.unflatten(structure, used)}
+        view = View({**given.fields, f"hidden/{STUDENT}": hidden}, unembeddings)
+        totals = jnp.stack([_masked_sum(loss(view), view.mask) for _, loss in plan.terms])
+        return sum((given.factors[i] * totals[i] for i in plan.trained), jnp.zeros(())), totals
+
+    if not wanted[0] and not any(wanted[1]):
+        scalar, totals = value(hidden, wide)
+        return _Result(scalar, totals, None, wide)
+    if wanted[0]:
+        scalar, pull, totals = jax.vjp(value, hidden, wide, has_aux=True)
+        d_hidden, d_leaves = pull(jnp.ones_like(scalar))
+    else:
+        scalar, pull, totals = jax.vjp(lambda wide: value(hidden, wide), wide, has_aux=True)
+        d_hidden, (d_leaves,) = None, pull(jnp.ones_like(scalar))
+    return _Result(scalar, totals, d_hidden, d_leaves)
+
+
+def _masked_sum(loss: Float[Array, "B c"], mask: Float[Array, "B c"]) -> Scalar:
+    """sum of mask * loss in float32; what is masked may be anything, even infinite."""
+    return jnp.sum(jnp.where(mask != 0, mask * loss.astype(jnp.float32), 0.0))

@@ -1,0 +1,425 @@
+"""What a run writes while it goes: one JSON line per record, TensorBoard events, and the numbers on the progress line.
+
+`metrics.jsonl` is the truth; TensorBoard and W&B are copies of it. Its records are
+`{"step":, "kind":, "time":, name: value, ...}`, where `kind` is `train`, `eval` or `event`. The names that
+`report.py` draws: `loss`, `tokens`, `lr`, `grad_norm`, `log_z`, `tokens_per_second`, `mfu`, `hfu`, `bits_per_byte`.
+
+A record counts once its newline is on disk. A killed process can leave one torn last line; readers skip it and the next
+writer cuts it off, so nothing else ever has to be repaired.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import json
+import math
+import os
+import re
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxllm.config import ConfigError
+
+RESERVED = ("step", "kind", "time", "nonfinite")
+"""Keys that every record has or may have; no metric may be called so."""
+
+
+# --------------------------------------------------------------------------------------------- files
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write to a temporary name, fsync, rename: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself
+    finally:
+        os.close(directory)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; [] if there is none. A torn last line is skipped, a broken one inside with a warning."""
+    if not path.exists():
+        return []
+    *whole, _torn = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(whole, start=1):
+        record = _parse(line)
+        if record is None:
+            warnings.warn(f"{path}, line {number} is not a JSON object and was skipped", stacklevel=2)
+        else:
+            records.append(record)
+    return records
+
+
+def read(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The records of a run's `metrics.jsonl`, in the order they were written. A value that was not finite is None."""
+    return read_lines(Path(run_dir) / "metrics.jsonl")
+
+
+def cut_lines(path: Path, step: int) -> Path | None:
+    """Move the records of a JSON-lines file with `record["step"] > step` to `NAME.cut-<n>.jsonl` beside it.
+
+    The cut lines are on disk before the file is replaced, so a kill in between loses nothing; cutting again
+    then finds them again, and keeps them twice. Lines stay byte for byte as they were; one that cannot be read is cut.
+
+    Returns:
+      Where the cut lines are, or None if none had to go. A torn last line goes in any case.
+    """
+    if not path.exists():
+        return None
+    *whole, torn = path.read_bytes().split(b"\n")
+    kept: list[bytes] = []
+    cut: list[bytes] = []
+    for line in whole:
+        record = _parse(line)
+        (kept if record is not None and record.get("step", 0) <= step else cut).append(line + b"\n")
+    beside = None
+    if cut:
+        beside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.stem}.cut-{n}.jsonl")).exists())
+        write_atomic(beside, b"".join(cut))
+    if cut or torn:
+        write_atomic(path, b"".join(kept))
+    return beside
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+# -------------------------------------------------------------------------------------------- writer
+
+
+class Writer:
+    """Appends the metrics of a run to its directory. Only process 0 writes; on the others every method does nothing.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as run_dir:
+    ...     with Writer(run_dir, tensorboard=False, active=True) as writer:
+    ...         writer.write(10, {'loss': 2.5, 'grad_norm': float('nan')})
+    ...     [record] = read(run_dir)
+    >>> record['loss'], record['grad_norm'], record['nonfinite']
+    (2.5, None, ['grad_norm'])
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        *,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+        tensorboard: bool = True,
+        active: bool | None = None,
+    ) -> None:
+        """Open the run directory for appending.
+
+        Args:
+          run_dir: made if it does not exist.
+          wandb_project: if set, everything also goes to this Weights & Biases project.
+          config: plain values shown beside the run in W&B.
+          tensorboard: whether to write events to `run_dir/tensorboard`.
+          active: whether this process writes; None means process 0 does.
+
+        Raises:
+          ConfigError: W&B was asked for and is not installed. Raised on every process, so that all fail together.
+        """
+        self._run_dir = Path(run_dir)
+        wandb = _import_wandb() if wandb_project else None
+        if active is None:
+            import jax  # here, so that reading metrics needs no JAX
+
+            active = jax.process_index() == 0
+        self.active = active
+        self._file: Any = None
+        self._events: Any = None
+        self._purge_step: int | None = None
+        self._tensorboard = tensorboard
+        self._wandb: Any = None
+        if active:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._open()
+            if wandb is not None:
+                self._wandb = _start_wandb(wandb, self._run_dir, wandb_project, config)
+
+    @property
+    def path(self) -> Path:
+        """The file of records."""
+        return self._run_dir / "metrics.jsonl"
+
+    def write(self, step: int, values: Mapping[str, Any], kind: str = "train") -> None:
+        """Append one record: `values` are numbers (scalar arrays too) by name. NaN and infinities become null, and are named."""
+        if not self.active:
+            return
+        clash = [name for name in values if name in RESERVED]
+        assert not clash, f"metrics may not be called {clash}: every record has a field of that name"
+        numbers = {name: _number(value) for name, value in values.items()}
+        nonfinite = [name for name, value in numbers.items() if not math.isfinite(value)]
+        finite = {name: None if name in nonfinite else value for name, value in numbers.items()}
+        self._append(
+            {"step": int(step), "kind": kind, "time": round(time.time(), 3)} | finite | ({"nonfinite": nonfinite} if nonfinite else {})
+        )
+        events = self._event_file()
+        for name, value in numbers.items():
+            if events is not None and name not in nonfinite:
+                events.add_scalar(f"{kind}/{name}", value, int(step))
+        if self._wandb is not None:
+            self._wandb.log({"step": int(step)} | {f"{kind}/{name}": value for name, value in numbers.items()})
+
+    def event(self, step: int, name: str, message: str) -> None:
+        """Append something that happened, for the report: `name` is one word (resume, spike, warning), `message` a sentence."""
+        if self.active:
+            self._append({"step": int(step), "kind": "event", "time": round(time.time(), 3), "event": name, "message": message})
+
+    def cut_back(self, step: int) -> Path | None:
+        """Forget what came after `step`, on resuming from its checkpoint: see `cut_lines`. TensorBoard hides it too.
+
+        Returns:
+          The file that keeps the cut records, or None if there was nothing to cut.
+        """
+        if not self.active:
+            return None
+        self._close_files()  # the open file would go on pointing at what the rename replaces
+        beside = cut_lines(self.path, step)
+        self._purge_step = step + 1  # TensorBoard drops events with step >= purge_step
+        self._open()
+        return beside
+
+    def close(self) -> None:
+        """Flush and close everything; what was written stays. Closing twice does nothing more."""
+        self._close_files()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        """Open for appending, cutting off a torn last line."""
+        self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._file.seek(0)
+        raw = self._file.read()
+        self._file.truncate(raw.rfind(b"\n") + 1)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(size)  # a full disk must not leave half a line for the next record to run into
+            raise
+
+    def _event_file(self) -> Any:
+        """The TensorBoard writer, opened at the first record: importing tensorboardX takes a while."""
+        if self._tensorboard and self._events is None:
+            from tensorboardX import SummaryWriter
+
+            suffix = f".{time.time_ns()}"  # its own names have whole seconds, and a second file of one name would replace the first
+            folder = str(self._run_dir / "tensorboard")
+            self._events = SummaryWriter(folder, purge_step=self._purge_step, flush_secs=10, filename_suffix=suffix)
+        return self._events
+
+    def _close_files(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def _number(value: Any) -> float | int:
+    """A Python number from anything that holds one; integers stay integers."""
+    if hasattr(value, "item"):
+        value = value.item()
+    return value if isinstance(value, int) else float(value)
+
+
+def _import_wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            "wandb_project is set and the package wandb is not installed; `pip install wandb`, or leave wandb_project empty"
+        ) from error
+
+
+def _start_wandb(wandb: Any, run_dir: Path, project: str, config: Mapping[str, Any] | None) -> Any:
+    """A W&B run whose id lives in the run directory, so that resuming goes on with the same one."""
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        write_atomic(id_file, uuid.uuid4().hex[:8].encode())
+    run = wandb.init(
+        project=project, name=run_dir.name, id=id_file.read_text(), resume="allow", dir=str(run_dir), config=dict(config or {})
+    )
+    # W&B's own step only goes up; ours goes back when a run resumes, so it is a metric like the others.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+# ----------------------------------------------------------------------------------- time and progress
+
+
+class Stopwatch:
+    """Seconds of work, without what was excluded (evaluations, saves, samples)."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, excluded ones left out; starts the next lap."""
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        return seconds
+
+    @contextlib.contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Time spent inside does not count towards the lap."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - start
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them, in the two largest units.
+
+    >>> duration(8.4), duration(130), duration(3900), duration(100_000)
+    ('8 s', '2 min 10 s', '1 h 5 min', '1 d 4 h')
+    """
+    if not math.isfinite(seconds):
+        return "unknown"
+    whole = max(round(seconds), 0)
+    for unit, size, below, below_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            # Rounding to the smaller unit may carry: 7199 s is 2 h 0 min, not 1 h 60 min.
+            major, minor = divmod(round(whole / below_size), size // below_size)
+            return f"{major} {unit} {minor} {below}"
+    return f"{whole} s"
+
+
+def progress(step: int, num_steps: int, values: Mapping[str, float], eta_seconds: float | None = None) -> str:
+    """One line on where a run is; names that `values` lacks are left out.
+
+    >>> progress(1200, 3000, {'loss': 2.345, 'tokens_per_second': 31240, 'mfu': 0.412}, 130)
+    'step  1,200/3,000  loss 2.345  31,240 tokens/s  MFU 41.2 %  ETA 2 min 10 s'
+    """
+    total = f"{num_steps:,}"
+    parts = [f"step  {step:>{len(total)},}/{total}"]
+    templates = {
+        "loss": "loss {:.3f}",
+        "held_out_loss": "held-out loss {:.3f}",
+        "bits_per_byte": "{:.3f} bits/byte",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "mfu": "MFU {:.1%}",
+    }
+    parts += [template.format(float(values[name])).replace("%", " %") for name, template in templates.items() if name in values]
+    if eta_seconds is not None:
+        parts.append(f"ETA {duration(eta_seconds)}")
+    return "  ".join(parts)
+
+
+# ------------------------------------------------------------------------------------- work and peaks
+
+PEAKS: tuple[tuple[str, float, str], ...] = (
+    (r"TPU v4", 275e12, "Google Cloud documentation, TPU v4"),
+    (r"TPU v5( lite|e)", 197e12, "Google Cloud documentation, TPU v5e"),
+    (r"TPU v5p?", 459e12, "Google Cloud documentation, TPU v5p"),
+    (r"TPU v6( lite|e)", 918e12, "Google Cloud documentation, TPU v6e"),
+    (r"NVIDIA A100\b.*", 312e12, "NVIDIA A100 datasheet, dense"),
+    (r"NVIDIA H100 PCIe", 756e12, "NVIDIA H100 architecture white paper, PCIe, dense"),
+    (r"NVIDIA H(100|200) NVL", 835.5e12, "NVIDIA H100 NVL and H200 NVL datasheets, half of the 1,671 given with sparsity"),
+    (r"NVIDIA H(100|200)( .*)?", 989.4e12, "NVIDIA H100 architecture white paper, SXM5, dense"),
+    (r"NVIDIA B200", 2250e12, "NVIDIA HGX B200 datasheet, half of the 4,500 given with sparsity"),
+)
+"""(pattern of `jax.Device.device_kind`, FLOP/s of one device, source), first match wins: dense bf16 matmuls."""
+
+
+def peak_flops(device_kind: str, dtype: str = "bfloat16") -> tuple[float, str] | None:
+    """Published dense matmul peak of one device in FLOP/s, and its source; None where none is known.
+
+    Only 16-bit operands have an entry: a float32 matmul runs as TF32 or as several bf16 passes, depending on settings,
+    so its peak has to be measured.
+
+    >>> peak_flops('TPU v4')
+    (275000000000000.0, 'Google Cloud documentation, TPU v4')
+    """
+    if dtype not in ("bfloat16", "float16") or "MIG" in device_kind:  # a MIG slice reports its parent's name
+        return None
+    return next(((peak, source) for pattern, peak, source in PEAKS if re.fullmatch(pattern, device_kind)), None)
+
+
+def measured_peak(dtype: str = "float32", size: int = 2048, max_seconds: float = 0.5) -> float:
+    """FLOP/s of the fastest `size`³ matmul of `dtype` operands with float32 accumulation that the default device does now.
+
+    For machines without a published peak. One call takes the compilation, a warm-up, and at least two and at most ten matmuls,
+    stopping after `max_seconds`. On CPU all fake devices share this one peak. An accelerator needs `size` 8192 to get busy.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    matmul = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
+    x = jnp.full((size, size), 0.5, dtype)
+    matmul(x).block_until_ready()
+    laps: list[float] = []
+    while len(laps) < 2 or (len(laps) < 10 and sum(laps) < max_seconds):
+        start = time.perf_counter()
+        matmul(x).block_until_ready()
+        laps.append(time.perf_counter() - start)
+    return 2 * size**3 / min(laps)
+
+
+def model_flops_per_token(num_params: int | float, num_layers: int, heads_times_head_size: int, sequence_length: int) -> float:
+    """6 · num_params + 12 · L · N·H · T: the work of one trained token, forward and backward.
+
+    Attention is counted over the full T × T, as if it were not causal, and nothing that is computed twice counts twice.
+
+    Args:
+      num_params: parameters that a token passes through. Embedding tables count, as in the paper.
+      heads_times_head_size: N · H, which is not D in every model (PaLM-540B: 48 · 256 = 12,288 beside 18,432).
+      sequence_length: T. 0 leaves attention out.
+
+    Source: arXiv:2204.02311, Appendix B.
+    """
+    return 6 * num_params + 12 * num_layers * heads_times_head_size * sequence_length
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, peak: float) -> float:
+    """Model FLOPs utilisation: tokens/s · FLOPs per token / peak of all devices. Padding is not a token.
+
+    Source: arXiv:2204.02311, Section 4.1 and Appendix B.
+    """
+    return tokens_per_second * flops_per_token / peak
+
+
+def hfu(executed_flops: float, seconds: float, peak: float) -> float:
+    """Hardware FLOPs utilisation: work done in `seconds`, recomputation included, / peak of all devices.
+
+    `executed_flops` comes from the compiler's cost analysis or from arithmetic; PaLM-540B reports 57.8 % beside 46.2 % MFU.
+    """
+    return executed_flops / seconds / peak

@@ -1,0 +1,139 @@
+"""From a `TrainConfig` to the `Experiment` that every paper starts from: a decoder, next-token loss, held-out bits per byte.
+
+A paper's file calls `experiment(config, loss=..., ...)` and changes what it needs with `dataclasses.replace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm import checkpoint, metrics, rundir, sharding
+from jaxllm.config import ConfigError, DataConfig, TrainConfig
+from jaxllm.contract import LM, STUDENT, Params
+from jaxllm.data import batch as batches
+from jaxllm.data.batch import Dataset, to_global
+from jaxllm.evals import perplexity
+from jaxllm.losses.core import LossTransform
+from jaxllm.losses.tokens import next_token, z_loss
+from jaxllm.losses.vocab import View, over_vocab
+from jaxllm.models.generate import complete, generator, sampler
+from jaxllm.models.transformer import decoder
+from jaxllm.step import Experiment, observe
+
+type Precision = Literal["float32", "bfloat16", "bfloat16_matmul"]
+
+PROMPTS = (
+    "def fibonacci(n):\n",
+    'import os\n\ndef read_lines(path):\n    """Return the lines of a file.',
+    "class Stack:\n    def __init__(self):\n",
+    "for key, value in ",
+)
+"""Samples continue these where the experiment has none of its own."""
+
+
+def loss(config: TrainConfig) -> LossTransform:
+    """next-token cross-entropy + z_loss · (log Z)², one pass over the vocabulary; log Z itself is measured beside."""
+    values = config.loss
+    terms: dict[str, Any] = {"ce": (1.0, next_token(values.label_smoothing))}
+    if values.z_loss:
+        terms["z"] = (values.z_loss, z_loss())
+    return over_vocab(chunk=values.chunk, **terms, log_z=(0.0, View.log_z))
+
+
+def choose_precision(config: TrainConfig) -> tuple[Precision, str]:
+    """(precision, why): the run's own if it has begun, the user's choice, or what suits the device.
+
+    On CPU float32 activations with bf16 matmul operands pay off only where the processor multiplies bf16 itself,
+    so both matmuls are timed on the spot.
+    """
+    before = rundir.recorded(config).get("precision")
+    if config.precision != "auto":
+        return cast(Precision, config.precision), "asked for"
+    if before is not None:
+        return before, "chosen when this run began"
+    if jax.default_backend() != "cpu":
+        return "bfloat16", "bf16 matrix units"
+    plain, half = metrics.measured_peak("float32", 1024, 0.1), metrics.measured_peak("bfloat16", 1024, 0.1)
+    ratio = f"a bf16 matmul runs at {half / plain:.1f} × the speed of a float32 one here"
+    return ("bfloat16_matmul", ratio) if half > 1.2 * plain else ("float32", ratio)
+
+
+def experiment(
+    config: TrainConfig,
+    *,
+    precision: Precision,
+    loss: LossTransform = None,  # type: ignore[assignment]
+    prompts: Sequence[str] = PROMPTS,
+) -> Experiment:
+    """Pre-training, or fine-tuning with `config.init_from`.
+
+    Args:
+      precision: out of `choose_precision`.
+      loss: None means `loss(config)`.
+      prompts: what samples continue.
+    """
+    lm = decoder(
+        config.model,
+        precision=precision,
+        remat=config.remat,
+        unroll=config.unroll_layers,
+        shard_sequence=config.mesh.shard_sequence,
+    )
+    return Experiment(
+        config=config,
+        lm=lm,
+        loss=loss or globals()["loss"](config),
+        load_data=batches.load,
+        initial_params=partial(starting_params, config, lm) if config.init_from else None,
+        evaluate=held_out(lm, config),
+        sample=partial(samples, lm, prompts),
+        finish=baselines,
+    )
+
+
+def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
+    """The weights of another run, placed on this mesh."""
+    shapes = jax.eval_shape(lambda key: sharding.pad_vocab(lm.init(key), mesh.shape["model"]), jax.random.key(0))
+    where = sharding.shardings(sharding.param_specs(shapes, mesh, config.mesh.rules), mesh)
+    template = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+    if not Path(config.init_from).exists():
+        raise ConfigError(f"init_from names {config.init_from}, and there is no such run directory or checkpoint")
+    return checkpoint.load_params(config.init_from, template)
+
+
+def held_out(lm: LM, config: TrainConfig) -> Any:
+    """The evaluation function of an Experiment: loss, perplexity and bits per byte of the held-out rows."""
+    scores = over_vocab(chunk=config.loss.chunk, ce=(0.0, next_token()))
+    forward = observe(lm)
+
+    @jax.jit
+    def sums(params: Params, batch: Any) -> tuple[Any, Any]:
+        obs = forward(params, batch, None)
+        _, means = scores.update(obs, (), scores.weigh(batch))
+        return means["ce"]
+
+    def evaluate(params: Params, dataset: Dataset, mesh: Mesh, max_batches: int = 0) -> dict[str, Any]:
+        return dataset.evaluate(partial(sums, params), mesh, max_batches)
+
+    return evaluate
+
+
+def samples(lm: LM, prompts: Sequence[str], params: Params, dataset: Dataset, mesh: Mesh) -> list[dict[str, str]]:
+    """Continuations of the prompts, sampled at temperature 0.8 with top-k 40."""
+    tokenizer = dataset.tokenizer
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    stop = [i for i in (tokenizer.eos_id,) if i is not None]
+    new = complete(generator(lm, sampler(0.8, top_k=40)), params, ids, num_tokens=64, stop_ids=stop)
+    return [{"prompt": prompt, "completion": tokenizer.decode(ids)} for prompt, ids in zip(prompts, new, strict=True)]
+
+
+def baselines(dataset: Dataset, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What simpler compressors make of the same held-out bytes."""
+    raise NotImplementedError

@@ -1,0 +1,154 @@
+"""The run directory: where it is, what it was made with, and who may write to it.
+
+    runs/<name>-<8 hex of the config's hash>/
+      config.json        the resolved config, its hash, the parent run, the precision that was chosen
+      environment.json   versions, git commit, devices, mesh, kernels
+      data.json          corpus hash and counts          tokenizer/   the tokenizer itself
+      metrics.jsonl      one line per record             tensorboard/
+      checkpoints/       by step, each with a manifest   samples.jsonl   results.json   report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxllm import config as configs
+from jaxllm.config import ConfigError, TrainConfig
+from jaxllm.metrics import write_atomic
+
+PACKAGES = ("jaxllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
+
+
+def locate(config: TrainConfig) -> Path:
+    """The directory of this config's run: `run_dir`, or runs/<name>-<hash>."""
+    return Path(config.run_dir or f"runs/{config.name}-{configs.config_hash(config)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object, or {} where there is no such file.
+
+    Raises:
+      ConfigError: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); move it away, and the run starts it anew") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_atomic(path, (json.dumps(value, indent=1, default=str) + "\n").encode())
+
+
+def recorded(config: TrainConfig) -> dict[str, Any]:
+    """What `config.json` of this config's run says, or {} if the run has not begun."""
+    return read_json(locate(config) / "config.json")
+
+
+@contextmanager
+def claim(config: TrainConfig, precision: str) -> Iterator[Path]:
+    """Make the run directory, or enter it again; hold it against a second process while it is in use.
+
+    Raises:
+      ConfigError: it belongs to another config (shows the difference), is in use, or cannot be written.
+    """
+    folder = locate(config)
+    first = jax.process_index() == 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "ab") if first else None  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"cannot write the run directory {folder}: {error.strerror}; choose another with --run_dir") from None
+    try:
+        if lock is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"another process is training in {folder}; stop it first, or choose another --run_dir") from None
+        _check_same(config, folder)
+        if first:
+            write_json(
+                folder / "config.json",
+                {
+                    "name": config.name,
+                    "hash": configs.config_hash(config),
+                    "parent": config.init_from or None,
+                    "precision": precision,
+                    "config": configs.to_dict(config),
+                },
+            )
+        yield folder
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _check_same(config: TrainConfig, folder: Path) -> None:
+    old = read_json(folder / "config.json")
+    if not old or old.get("hash") == configs.config_hash(config) or config.on_config_change == "accept":
+        return
+    new_values, old_values = json.loads(json.dumps(configs.to_dict(config))), old.get("config", {})
+    changed = {k: v for k, v in configs.diff(old_values, new_values).items() if k.split(".")[0] not in configs.NOT_HASHED}
+    lines = "; ".join(f"{path}: {was} → {now}" for path, (was, now) in changed.items())
+    raise ConfigError(
+        f"{folder} was trained with another configuration ({lines}); use the old values, choose another --run_dir, "
+        "or pass --on_config_change accept to go on with the new ones"
+    )
+
+
+def environment(config: TrainConfig, **more: Any) -> dict[str, Any]:
+    """Versions, commit, devices, command: what somebody needs to run this again."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    device = jax.devices()[0]
+    return {
+        "command": command(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": git_commit(),
+        "devices": f"{jax.device_count()} × {device.device_kind} ({device.platform}), {jax.process_count()} process(es)",
+        "cpu_count": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **more,
+    }
+
+
+def command() -> str:
+    """The command line that started this process, as one would type it."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return " ".join(f"'{w}'" if " " in w else w for w in words)
+
+
+def git_commit() -> str:
+    """The commit of the source tree, '-dirty' if it was changed, or 'none'."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=5, check=True).stdout
+        return run("rev-parse", "HEAD").strip() + ("-dirty" if run("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+
+
+def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Append JSON lines in one write."""
+    with open(path, "ab") as file:
+        file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))

@@ -1,0 +1,286 @@
+"""One training step for every paper: rollout? → annotate → forward → loss → gradient → optimizer.
+
+A paper is an `Experiment`, a value. The step differentiates the trainable leaves only; everything
+else (a base under adapters, teachers, references) is `frozen`: an argument of the jitted step, placed
+by its own rules, never donated, never closed over, not in checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxllm import optim, sharding, tree
+from jaxllm.config import TrainConfig
+from jaxllm.contract import LM, STUDENT, Batch, Mean, Obs, Params
+from jaxllm.losses.core import LossTransform
+
+BASE = "base"
+"""Key, in `frozen`, of the student's own leaves that do not train."""
+
+type Frozen = dict[str, Params]
+type Forward = Callable[[Params, Batch, Array | None], Obs]
+"""(student's params, batch, dropout key) -> what the loss sees of the student. The step counter is filled in later."""
+type Annotate = Callable[[Frozen, Obs, Array], Obs]
+type Rollout = Callable[[Params, Frozen, Batch, Array], Batch]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "trainable", "opt_state", "loss_state", "ema", "key"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes, and all that a checkpoint holds."""
+
+    step: Int[Array, ""]
+    """Batches trained on so far."""
+    trainable: Params
+    opt_state: Any
+    loss_state: Any
+    ema: Params | None
+    """Moving average of `trainable`, if asked for."""
+    key: Array
+    """Never changes: the randomness of a step is a function of it and the step."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A paper, as a value: what `loop.run`, `plan` and `eval` work on.
+
+    Built by `jaxllm.pretrain.experiment` and changed with `dataclasses.replace`.
+    """
+
+    config: TrainConfig
+    lm: LM
+    loss: LossTransform
+    load_data: Callable[..., Any]
+    """(config, seed, say) -> data.batch.Dataset; called once the configuration has been checked."""
+    forward: Forward | None = None
+    """None means the LM's own (`observe`)."""
+    annotators: tuple[Annotate, ...] = ()
+    load_frozen: Callable[[Mesh], Frozen] | None = None
+    """Teachers, references and the base under adapters, already placed on the mesh."""
+    initial_params: Callable[[Mesh], Params] | None = None
+    """Starting weights from elsewhere, e.g. a checkpoint; None initialises from the seed."""
+    rollout: Rollout | None = None
+    """The student's own samples (on-policy distillation, PPO), made inside the step before the updates."""
+    updates_per_batch: int = 1
+    """The (rolled out) batch is split into this many optimizer updates."""
+    evaluate: Callable[..., dict[str, Any]] | None = None
+    """(params, dataset, mesh, max batches) -> numbers."""
+    sample: Callable[..., list[dict[str, str]]] | None = None
+    """(params, dataset, step) -> [{'prompt', 'completion'}]."""
+    finish: Callable[..., dict[str, Any]] | None = None
+    """(params, dataset, mesh, run directory) -> what `results.json` holds at the end of the run."""
+    extra_metrics: Callable[[Obs], dict[str, Mean]] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+def observe(lm: LM, taps: Sequence[str] = ()) -> Forward:
+    """The usual `Forward`: run the LM on the batch's tokens and leave hidden states, taps and the unembedding."""
+
+    def forward(params: Params, batch: Batch, key: Array | None) -> Obs:
+        out = lm(params, batch, key=key, taps=taps)
+        return Obs(
+            batch=batch,
+            step=jnp.zeros((), jnp.int32),
+            hidden={STUDENT: out.hidden},
+            unembeddings={STUDENT: lm.unembed(params)},
+            taps={STUDENT: out.taps},
+        )
+
+    return forward
+
+
+def split_rows(batch: Batch, parts: int, shards: int) -> Batch:
+    """Rows [B …] to [parts, B / parts …], so that each data shard keeps its rows and neighbours stay together.
+
+    Shard s holds rows [s·B/shards, (s+1)·B/shards); each part takes a contiguous piece of every shard's rows.
+    """
+
+    def split(x: Array) -> Array:
+        rows = x.shape[0] // (shards * parts)
+        x = x.reshape(shards, parts, rows, *x.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain(x.reshape(parts, shards * rows, *x.shape[3:]), " ".join([".", "B"] + ["."] * (x.ndim - 3)))
+
+    return jax.tree.map(split, batch)
+
+
+def make_step(
+    experiment: Experiment, optimizer: optax.GradientTransformation, mesh: Mesh, *, noise_scale: bool = False
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The function that `jax.jit` compiles: (state, frozen, batch) -> (state, metrics).
+
+    The gradients of micro-batches add up to the full batch's exactly, because every term of the loss divides
+    by its weight over the whole batch, known from the masks before the first forward pass. The number of
+    micro-batches is read off the batch's shape, so that a batch ramp keeps one micro-batch shape.
+
+    Args:
+      noise_scale: also return the summed squared norms of the micro-batches' gradients, for the gradient
+        noise scale (arXiv:1812.06162 appendix A); needs at least two micro-batches.
+    """
+    config, loss = experiment.config, experiment.loss
+    forward = experiment.forward or observe(experiment.lm)
+    shards = sharding.axis_size(mesh, sharding.BATCH_AXES)
+    micro_rows = config.data.batch_size // config.optim.num_microbatches // experiment.updates_per_batch
+    rate = optim.schedule(config.optim, config.num_steps)
+
+    def micro_loss(
+        trainable: Params, frozen: Frozen, batch: Batch, step: Array, loss_state: Any, weights: dict[str, Array], key: Array
+    ) -> tuple[Array, dict[str, Mean]]:
+        params = tree.merge(trainable, frozen.get(BASE, {}))
+        obs = forward(params, batch, key if _has_dropout(config) else None).replace(step=step)
+        for index, annotate in enumerate(experiment.annotators):
+            obs = annotate(frozen, obs, jax.random.fold_in(key, index + 1))
+        return loss.update(obs, loss_state, weights)
+
+    def update(state: TrainState, frozen: Frozen, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        parts = batch.tokens.shape[0] // micro_rows
+        weights = loss.weigh(batch)
+        grad = jax.value_and_grad(micro_loss, has_aux=True)
+        call = partial(grad, state.trainable, frozen, step=state.step, loss_state=state.loss_state, weights=weights)
+        if parts == 1:
+            (value, means), grads = call(batch, key=key)
+            micro_sq_norms = None
+        else:
+            keys = jax.random.split(key, parts)
+
+            def add_one(total: Any, part: tuple[Batch, Array]) -> tuple[Any, Array]:
+                out = call(part[0], key=part[1])
+                return jax.tree.map(jnp.add, total, out), jnp.square(optax.global_norm(out[1]))
+
+            split = split_rows(batch, parts, shards)
+            shapes = jax.eval_shape(lambda: call(jax.tree.map(lambda x: x[0], split), key=keys[0]))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            ((value, means), grads), micro_sq_norms = jax.lax.scan(add_one, zeros, (split, keys))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        ema = None if state.ema is None else optim.ema(state.ema, trainable, config.optim.ema_decay)
+        metrics = {name: mean.value for name, mean in means.items()}
+        metrics |= {
+            "loss": value,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(trainable),
+            "lr": jnp.asarray(rate(state.step), jnp.float32),
+            "tokens": (batch.segment_ids > 0).sum().astype(jnp.float32),
+        }
+        if noise_scale and micro_sq_norms is not None:
+            # Each micro-gradient was divided by the whole batch's weight: times `parts` it is the mean gradient of its rows.
+            metrics["micro_grad_sq_norm"] = micro_sq_norms.sum() * parts**2
+        state = TrainState(state.step, trainable, opt_state, loss.finish(state.loss_state, means), ema, state.key)
+        return state, metrics
+
+    def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        if experiment.rollout is not None:
+            batch = experiment.rollout(tree.merge(state.trainable, frozen.get(BASE, {})), frozen, batch, key)
+        updates = experiment.updates_per_batch
+        if updates == 1:
+            state, metrics = update(state, frozen, batch, key)
+        else:
+
+            def one(state: TrainState, part: tuple[Batch, Array]) -> tuple[TrainState, dict[str, Array]]:
+                return update(state, frozen, *part)
+
+            state, stacked = jax.lax.scan(one, state, (split_rows(batch, updates, shards), jax.random.split(key, updates)))
+            metrics = jax.tree.map(lambda x: x.mean(0), stacked)
+        return TrainState(state.step + 1, state.trainable, state.opt_state, state.loss_state, state.ema, state.key), metrics
+
+    return step
+
+
+def _has_dropout(config: TrainConfig) -> bool:
+    model = config.model
+    return max(model.embedding_dropout, model.attention_dropout, model.residual_dropout) > 0
+
+
+# ------------------------------------------------------------------------------------------- state
+
+
+def state_shardings(experiment: Experiment, shapes: TrainState, mesh: Mesh) -> TrainState:
+    """A NamedSharding for every leaf of a TrainState: params by rule, whatever copies them likewise, the rest replicated."""
+    specs = sharding.param_specs(shapes.trainable, mesh, experiment.config.mesh.rules)
+    place = lambda part: sharding.shardings(sharding.like_params(part, specs), mesh)
+    whole = NamedSharding(mesh, P())
+    return TrainState(
+        step=whole,
+        trainable=sharding.shardings(specs, mesh),
+        opt_state=place(shapes.opt_state),
+        loss_state=jax.tree.map(lambda _: whole, shapes.loss_state),
+        ema=None if shapes.ema is None else place(shapes.ema),
+        key=whole,
+    )
+
+
+def state_factory(experiment: Experiment, mesh: Mesh) -> tuple[Callable[..., TrainState], TrainState, optax.GradientTransformation]:
+    """How a fresh state is made.
+
+    Returns:
+      make(params=None) -> TrainState on the mesh, from `params` or the seed; the state's shapes with their
+      shardings (the template of a restore); and the optimizer that it was made for.
+    """
+    config, lm = experiment.config, experiment.lm
+    multiple = mesh.shape["model"]
+
+    def fresh_params(key: Array) -> Params:
+        return sharding.pad_vocab(lm.init(key), multiple)
+
+    key = jax.random.key(config.seed)
+    shapes = jax.eval_shape(fresh_params, key)
+    tree.check_rules(config.optim.freeze, shapes, "optim.freeze")
+    keep = partial(optim.trainable, config.optim)
+    trainable_shapes, _ = tree.partition(shapes, keep)
+    optimizer = optim.build(config.optim, trainable_shapes, num_steps=config.num_steps, num_vocab=config.model.vocab_size)
+
+    def assemble(params: Params) -> TrainState:
+        trainable, _ = tree.partition(params, keep)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            trainable=trainable,
+            opt_state=optimizer.init(trainable),
+            loss_state=experiment.loss.init(trainable),
+            ema=jax.tree.map(jnp.copy, trainable) if config.optim.ema_decay else None,
+            key=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1)),
+        )
+
+    state_shapes = jax.eval_shape(assemble, shapes)
+    placed = state_shardings(experiment, state_shapes, mesh)
+    template = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state_shapes, placed)
+
+    def make(params: Params | None = None) -> TrainState:
+        if params is not None:
+            return jax.jit(assemble, out_shardings=placed)(params)
+        return jax.jit(lambda key: assemble(fresh_params(key)), out_shardings=placed)(key)
+
+    return make, template, optimizer
+
+
+def fresh_frozen(experiment: Experiment, mesh: Mesh) -> Frozen:
+    """The student's frozen leaves, initialised from the seed and placed by rule; empty when everything trains."""
+    config = experiment.config
+    keep = partial(optim.trainable, config.optim)
+
+    def base(key: Array) -> Params:
+        return tree.partition(sharding.pad_vocab(experiment.lm.init(key), mesh.shape["model"]), keep)[1]
+
+    shapes = jax.eval_shape(base, jax.random.key(config.seed))
+    if not shapes:
+        return {}
+    specs = sharding.param_specs(shapes, mesh)
+    return {BASE: jax.jit(base, out_shardings=sharding.shardings(specs, mesh))(jax.random.key(config.seed))}
+
+
+def student_params(state: TrainState, frozen: Frozen, *, average: bool = True) -> Params:
+    """The student's whole params: the moving average where one is kept, and the frozen leaves."""
+    return tree.merge(state.ema if average and state.ema is not None else state.trainable, frozen.get(BASE, {}))
