@@ -11,8 +11,8 @@ verified before anything is read. A folder without a complete set of manifests i
 what a kill leaves behind at any moment of a save or of a deletion, and it is removed when a `Checkpointer`
 opens. The marker is a file rather than a rename, so that object stores (gs://) work too.
 
-We use Orbax's v0 classes (`AsyncCheckpointer`, `PyTreeCheckpointHandler`): v1 still lives under `experimental`
-and its own docs promise no stability. Orbax is imported inside functions, because it takes a second.
+We use Orbax's v0 classes (`AsyncCheckpointer`, `PyTreeCheckpointHandler`), because v1 still lives under
+`experimental`. Orbax is imported inside functions, because that takes a second.
 """
 
 from __future__ import annotations
@@ -101,9 +101,8 @@ class Checkpointer:
         self.wait()
         folder = self._path(step)
         leaves = _leaves(state)
-        text = json.dumps(
-            {"step": step, "num_vocab": num_vocab, "leaves": {path: _spec(leaf) for path, leaf in leaves.items()}, "meta": meta}, indent=1
-        )
+        specs = {path: _spec(leaf) for path, leaf in leaves.items()}
+        text = json.dumps({"step": step, "num_vocab": num_vocab, "leaves": specs, "meta": meta}, indent=1)
         arrays = {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items() if leaf.size}
         num_bytes = tree.num_bytes(arrays)
         if self._prepare(folder, num_bytes):
@@ -208,10 +207,12 @@ class Checkpointer:
             _orbax().multihost.get_barrier_sync_fn()(key=f"manifests_{step}", timeout_ms=_BARRIER_TIMEOUT_MS)
         except Exception as error:
             raise self._failed(step, num_bytes, error) from error
-        if jax.process_index() == 0:
-            for old in self.saved_steps()[: -self.keep_last]:
+        try:
+            for old in self.saved_steps()[: -self.keep_last] if jax.process_index() == 0 else ():
                 if not self.keep_every or old % self.keep_every:
                     _remove(self._path(old))
+        except OSError as error:
+            raise _failure(f"delete old checkpoints in {self.folder}", self.folder, 0, error) from error
 
     def _failed(self, step: int, num_bytes: int, error: Exception) -> Exception:
         """Remove the partial save and say what was needed."""
@@ -248,7 +249,8 @@ def load_params(
     Raises:
       ConfigError: no checkpoint there, none that is whole, or other params (with what differs).
     """
-    for candidate in _candidates(folder):
+    listed = _on_first(lambda: [os.fspath(path) for path in _candidates(folder)], f"read {folder}", epath.Path(folder))
+    for candidate in map(epath.Path, listed):
         problems = _shared_problems(candidate)
         if not problems:
             return _restore(candidate, template, branches)
@@ -318,12 +320,6 @@ def _digest(path: epath.Path) -> tuple[int, str]:
     return size, hasher.hexdigest()
 
 
-def _render(manifest: dict[str, Any]) -> str:
-    """A manifest as text, with a hash of itself: parsing and rendering again gives the same text or it is damaged."""
-    body = {key: value for key, value in manifest.items() if key != "hash"}
-    return json.dumps({**body, "hash": xxhash.xxh3_128_hexdigest(json.dumps(body).encode())}, indent=1)
-
-
 def _write_manifest(folder: epath.Path, process: int, num_processes: int) -> None:
     """Hash the files that this process wrote (Orbax names them after it; all others are process 0's) and say so, atomically."""
     folders, names = [folder.parent, folder], ["meta.json"] if process == 0 else []
@@ -333,7 +329,7 @@ def _write_manifest(folder: epath.Path, process: int, num_processes: int) -> Non
         names += [path for path in paths if int((re.search(r"process_(\d+)", path) or (0, 0))[1]) == process]
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         files = dict(zip(names, pool.map(_digest, [folder / name for name in names]), strict=True))
-    text = _render({"num_processes": num_processes, "process": process, "files": files})
+    text = json.dumps(files, indent=1)
     target = folder / f"manifest-{process}-of-{num_processes}.json"
     if not _is_local(folder):
         target.write_text(text)  # an object appears whole or not at all
@@ -367,12 +363,8 @@ def _problems(folder: epath.Path, share: slice = slice(None), only: str | None =
     for path in sorted(folder.iterdir()):
         if _MANIFEST.fullmatch(path.name):
             try:
-                text = path.read_text()
-                manifest = json.loads(text)
-                if _render(manifest) != text:
-                    raise ValueError
-                expected |= manifest["files"]
-            except (ValueError, LookupError, AttributeError, TypeError):
+                expected |= {name: (int(size), str(digest)) for name, (size, digest) in json.loads(path.read_text()).items()}
+            except (ValueError, TypeError, AttributeError):
                 problems.append(f"{path.name} is damaged")
 
     def check(name: str) -> str | None:
@@ -393,7 +385,7 @@ def _problems(folder: epath.Path, share: slice = slice(None), only: str | None =
 def _shared_problems(folder: epath.Path) -> list[str]:
     """`_problems`, each process hashing a share of the files; the verdict of all, on all."""
     own = _problems(folder, slice(jax.process_index(), None, jax.process_count()))
-    return list(dict.fromkeys(problem for text in _from_all(json.dumps(own)) for problem in json.loads(text)))
+    return list(dict.fromkeys(problem for problems in _from_all(own) for problem in problems))
 
 
 def _read_meta(folder: epath.Path) -> dict[str, Any]:
@@ -487,7 +479,8 @@ def _restore(folder: epath.Path, template: PyTree, branches: Sequence[str] | Non
     wanted = _leaves(template)
     given = {path: saved[source] for path, source in origin.items()}
     if lines := _differences({path: _spec(leaf) for path, leaf in wanted.items()}, given, record["num_vocab"], branches is not None):
-        raise ConfigError(f"checkpoint {folder} holds another architecture than this config's model: {_few(lines)}")
+        fix = "Use the config that it was made with, or another run directory"
+        raise ConfigError(f"checkpoint {folder} is of another architecture or optimizer; in it: {_few(lines)}. {fix}")
     raw = {path: _raw_template(leaf) for path, leaf in wanted.items()}
     arrays = _read_arrays(folder / "arrays", {origin[path]: leaf for path, leaf in raw.items() if leaf.size})
     leaves = []
@@ -535,28 +528,29 @@ def _read_arrays(folder: epath.Path, templates: dict[str, jax.ShapeDtypeStruct])
 # ------------------------------------------------------------------------------- processes and errors
 
 
-def _from_all(text: str) -> list[str]:
-    """The text of every process, the same list on each; also a barrier. Trivial with one process."""
+def _from_all[T](value: T) -> list[T]:
+    """The JSON value of every process, the same list on each; also a barrier. Trivial with one process."""
     if jax.process_count() == 1:
-        return [text]
+        return [value]
     from jax.experimental import multihost_utils
 
-    data = text.encode()
-    sizes = multihost_utils.process_allgather(np.int32(len(data))).reshape(-1)
-    padded = np.frombuffer(data.ljust(int(sizes.max()), b" "), np.uint8)
-    rows = multihost_utils.process_allgather(padded) if padded.size else np.zeros((len(sizes), 0), np.uint8)
-    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+    text = json.dumps(value).encode()
+    longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
+    rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
+    return [json.loads(row.tobytes()) for row in rows]
 
 
 def _on_first[T](act: Callable[[], T], doing: str, folder: epath.Path, num_bytes: int = 0) -> T:
-    """`act()` on process 0; its result (JSON), or its OSError as a ConfigError, on every process."""
+    """`act()` on process 0; its result (JSON), or its error as a ConfigError, on every process."""
     reply: dict[str, Any] = {}
     if jax.process_index() == 0:
         try:
             reply = {"value": act()}
         except OSError as error:
             reply = {"error": str(_failure(doing, folder, num_bytes, error))}
-    reply = json.loads(_from_all(json.dumps(reply))[0])
+        except ConfigError as error:
+            reply = {"error": str(error)}
+    reply = _from_all(reply)[0]
     if "error" in reply:
         raise ConfigError(reply["error"])
     return reply["value"]

@@ -102,9 +102,7 @@ def dot_in(dtype: str) -> Dot:
 
     def dot(name: str, spec: str, x: Array, leaves: Params) -> Array:
         del name
-        return jnp.einsum(
-            spec, x.astype(dtype), leaves["kernel"].astype(dtype), precision=precision, preferred_element_type=jnp.float32
-        )
+        return jnp.einsum(spec, x.astype(dtype), leaves["kernel"].astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 
     return dot
 

@@ -114,12 +114,12 @@ class Session:
         keep = config.keep_last
         if config.spike.enabled:  # a rewind needs a checkpoint from before the spike
             keep = max(keep, math.ceil(config.spike.rewind_steps / config.save_every) + 1)
-        self.checkpoints = Checkpointer(run_dir / "checkpoints", keep, config.keep_every)
+        self.checkpoints = Checkpointer(run_dir.absolute() / "checkpoints", keep, config.keep_every)
         self.rows = partial(sharding.host_rows, mesh)
 
         self.state: TrainState
         self.frozen: Frozen = {}
-        self.position: Position = self.dataset.start()
+        self.position = Position()
         self.done_steps = 0
         self.tokens_seen = 0.0
         self.train_seconds = 0.0
@@ -160,6 +160,7 @@ class Session:
             )  # fmt: skip
             rundir.write_json(self.run_dir / "environment.json", environment)
             rundir.write_json(self.run_dir / "data.json", self.dataset.describe())
+            (self.run_dir / "tokenizer").mkdir(exist_ok=True)
             self.dataset.tokenizer.save(self.run_dir / "tokenizer")
 
     def _peak(self, precision: str) -> tuple[float, str]:
@@ -385,7 +386,8 @@ class Session:
         params = student_params(self.state, self.frozen)
         numbers = self.experiment.evaluate(params, self.dataset, self.mesh, self.config.eval_batches)
         self.writer.write(self.done_steps, numbers, kind="eval")
-        self.say(metrics.progress(self.done_steps, self.config.num_steps, {"held_out_loss": numbers["loss"], **_only(numbers, "bits_per_byte")}))
+        shown = {"held_out_loss": numbers["loss"], "bits_per_byte": numbers["bits_per_byte"]}
+        self.say(metrics.progress(self.done_steps, self.config.num_steps, shown))
         return numbers
 
     def _sample(self) -> None:
@@ -418,10 +420,6 @@ class Session:
         """The command that trains this run for as many steps again."""
         words = rundir.command().split(" --num_steps ")[0]
         return f"{words} --num_steps {2 * self.config.num_steps}"
-
-
-def _only(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: values[name] for name in names if name in values}
 
 
 def memory_bytes() -> float:

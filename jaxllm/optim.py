@@ -217,7 +217,8 @@ def build(config: OptimConfig, params: tree.Tree, *, num_steps: int, num_vocab: 
              (arXiv:2502.16982); every other leaf: adamw
     adafactor        T5's: factored, steps relative to RMS(p), no momentum; b1, b2 and eps unused
     adafactor_palm   PaLM's: unfactored, momentum b1 on the step that lr already multiplied, and
-                     p ← (1 − lr²)·p − m on decayed leaves; `weight_decay` only says whether (0 turns it off)
+                     p ← (1 − lr²)·p − m on decayed leaves; `weight_decay` only says whether (0 turns it off).
+                     The paper names no exception: decay = ((r".*", True),) decays norms too
 
     All but the last add weight_decay·p to the direction before lr multiplies it. State is float32, but for
     the first moment if `moment_dtype` says bfloat16. Gradients and params of any float type are taken as

@@ -5,18 +5,19 @@ A paper's file calls `experiment(config, loss=..., ...)` and changes what it nee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxllm import checkpoint, metrics, rundir, sharding
-from jaxllm.config import ConfigError, DataConfig, TrainConfig
-from jaxllm.contract import LM, STUDENT, Params
+from jaxllm.config import ConfigError, TrainConfig
+from jaxllm.contract import LM, Batch, Mean, Params
 from jaxllm.data import batch as batches
 from jaxllm.data.batch import Dataset, to_global
 from jaxllm.evals import perplexity
@@ -108,19 +109,22 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
     return checkpoint.load_params(config.init_from, template)
 
 
-def held_out(lm: LM, config: TrainConfig) -> Any:
+def held_out(lm: LM, config: TrainConfig) -> Callable[..., dict[str, Any]]:
     """The evaluation function of an Experiment: loss, perplexity and bits per byte of the held-out rows."""
     scores = over_vocab(chunk=config.loss.chunk, ce=(0.0, next_token()))
     forward = observe(lm)
 
     @jax.jit
-    def sums(params: Params, batch: Any) -> tuple[Any, Any]:
-        obs = forward(params, batch, None)
-        _, means = scores.update(obs, (), scores.weigh(batch))
-        return means["ce"]
+    def sums(params: Params, batch: Batch) -> Mean:
+        return scores.update(forward(params, batch, None), (), scores.weigh(batch))[1]["ce"]
 
     def evaluate(params: Params, dataset: Dataset, mesh: Mesh, max_batches: int = 0) -> dict[str, Any]:
-        return dataset.evaluate(partial(sums, params), mesh, max_batches)
+        size = config.data.batch_size // config.optim.num_microbatches
+        rows = dataset.held_out(size, sharding.host_rows(mesh, size))
+        batches = (to_global(batch, mesh, size) for batch in islice(rows, max_batches or None))
+        limit = max_batches * size or math.inf
+        num_bytes = sum(window.num_bytes for window in dataset.held_out_windows if window.row < limit)
+        return perplexity.evaluate(partial(sums, params), batches, num_bytes)
 
     return evaluate
 
@@ -135,5 +139,26 @@ def samples(lm: LM, prompts: Sequence[str], params: Params, dataset: Dataset, me
 
 
 def baselines(dataset: Dataset, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What simpler compressors make of the same held-out bytes."""
-    raise NotImplementedError
+    """What simpler predictors make of the same held-out bytes: {"baselines": [{"name", "bits_per_byte", "note"}]}."""
+    del evaluation
+    texts = list(dataset.held_out_texts())
+    held = "".join(texts).encode()
+    train = "".join(islice(dataset.train_texts(), 20_000)).encode()
+    rows = [("byte unigram", perplexity.byte_unigram_bits(train, held), "byte frequencies of the training text")]
+    rows.append(("lzma, per window", perplexity.lzma_window_bits(windows(dataset, texts)), "the same bytes visible as to the model"))
+    rows.append(("lzma, whole text", perplexity.lzma_whole_bits(held), "sees all the held-out text at once: the next goal"))
+    return {"baselines": [{"name": name, "bits_per_byte": bits, "note": note} for name, bits, note in rows]}
+
+
+def windows(dataset: Dataset, texts: Sequence[str]) -> list[tuple[bytes, bytes]]:
+    """(context, predicted bytes) of every held-out window: exactly what the model sees and is scored on."""
+    tokenizer, out = dataset.tokenizer, []
+    pieces: dict[int, list[bytes]] = {}
+    for window in dataset.held_out_windows:
+        if window.document not in pieces:
+            ids = tokenizer.encode(texts[window.document])
+            ids = ([tokenizer.bos_id] if tokenizer.bos_id is not None else []) + ids
+            pieces = {window.document: [tokenizer.token_bytes(i) for i in ids]}
+        part = pieces[window.document]
+        out.append((b"".join(part[window.first - 1 : window.first]), b"".join(part[window.first : window.last])))
+    return out

@@ -20,7 +20,9 @@ import io
 import json
 import math
 import re
+import shlex
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ import numpy as np
 
 from jaxllm import __version__
 from jaxllm.config import ConfigError
-from jaxllm.metrics import duration, read, read_lines, write_atomic
+from jaxllm.metrics import RESERVED, duration, read_lines, write_atomic
 
 type Series = tuple[np.ndarray, np.ndarray]
 """(steps, values) of one metric, steps rising; nan where a value was not finite."""
@@ -51,13 +53,13 @@ class Run:
 
     def series(self, kind: str, name: str) -> Series:
         """One metric over steps. Where a step was recorded twice, the later record counts."""
-        found = {r["step"]: r[name] for r in self.records if r.get("kind") == kind and name in r and _is_number(r.get("step"))}
+        found = {r["step"]: r[name] for r in self.records if r.get("kind") == kind and name in r}
         steps = sorted(found)
         return np.array(steps, float), np.array([_number(found[s], math.nan) for s in steps], float)
 
     def names(self, kind: str) -> list[str]:
         """Metrics that records of this kind have, in order of appearance."""
-        return list(dict.fromkeys(n for r in self.records if r.get("kind") == kind for n, v in r.items() if v is None or _is_number(v)))
+        return [n for n in dict.fromkeys(n for r in self.records if r.get("kind") == kind for n in r) if n not in RESERVED]
 
 
 def load(run_dir: Path | str) -> Run:
@@ -85,7 +87,8 @@ def load(run_dir: Path | str) -> Run:
         return {}
 
     config, results, environment, data = map(read_json, ("config.json", "results.json", "environment.json", "data.json"))
-    return Run(path, config, results, environment, data, read(path), read_lines(path / "samples.jsonl"), problems)
+    records, samples = ([r for r in read_lines(path / name) if _is_number(r.get("step"))] for name in ("metrics.jsonl", "samples.jsonl"))
+    return Run(path, config, results, environment, data, records, samples, problems)
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -105,7 +108,7 @@ def write_report(run_dir: Path | str) -> Path:
     body = "".join(f"<section>\n<h2>{title}</h2>\n{draw(run)}\n</section>\n" for title, draw in sections)
     page = PAGE.format(title=_text(_name(run)), css=CSS, header=_header(run), body=body, footer=_footer(run))
     target = run.path / "report.html"
-    write_atomic(target, page.encode())
+    write_atomic(target, page.encode(errors="replace"))  # half a surrogate pair has no encoding
     return target
 
 
@@ -115,7 +118,7 @@ def write_report(run_dir: Path | str) -> Path:
 def _header(run: Run) -> str:
     config = run.config.get("config") if isinstance(run.config.get("config"), dict) else {}
     assert isinstance(config, dict)
-    last = max((int(r["step"]) for r in run.records if _is_number(r.get("step"))), default=0)
+    last = max((int(r["step"]) for r in run.records), default=0)
     total = _number(config.get("num_steps"))
     status = [f"step {last:,} of {total:,.0f}" if total else f"step {last:,}"]
     if run.config.get("hash"):
@@ -145,9 +148,11 @@ def _headline(run: Run) -> str:
         said.append(f"{1 - own / beaten[1]:.0%} fewer than {_text(beaten[0])} ({beaten[1]:.2f}).".replace("%", " %"))
     if ahead:
         said.append(f"Still ahead: {_text(ahead[0])} ({ahead[1]:.2f}).")
+    error = _number(run.results.get("bits_per_byte_standard_error"))
+    around = f" ± {error:.2g}" if error else ""
     headline = (
         f'<p class="headline"><span class="figure">{own:.2f}</span> <span class="unit">bits per byte<br>'
-        f'<span class="muted">on held-out text, lower is better</span></span></p>\n<p class="lede">{" ".join(said)}</p>\n'
+        f'<span class="muted">on held-out text{around}, lower is better</span></span></p>\n<p class="lede">{" ".join(said)}</p>\n'
     )
     bars = sorted([("This model", own, ""), *others], key=lambda o: -o[1])
     widest = max(bits for _, bits, _ in bars) or 1.0
@@ -189,7 +194,8 @@ def _loss(run: Run) -> str:
         return _missing(f"metrics.jsonl has {len(run.records)} records, and none with a training loss.")
     marks = [(float(r["step"]), str(r.get("event", "event"))) for r in _happened(run) if r.get("event") in ("resume", "spike")]
     figure, above = _loss_figure(train, held_out, run.series("train", "tokens"), marks)
-    caption = "Nats per token. Faint: each record; solid: a running mean; marked: held-out text."
+    caption = "Nats per token. Faint: each record; solid: a running mean"
+    caption += "; with dots: held-out text." if np.isfinite(held_out[1]).any() else ". Held-out text was not evaluated yet."
     if above:
         caption += f" The first steps, from {above:.2f}, lie above the frame."
     return f'<figure class="wide">{figure}<figcaption>{caption}</figcaption></figure>'
@@ -208,7 +214,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], Callable[[float], str], bool], ...] = 
 def _panels(run: Run) -> str:
     """One small plot for each group of metrics; those without a place of their own are folded away below."""
     names = run.names("train")
-    known = {"step", "time", "tokens", "loss"} | {name for panel in PANELS for name in panel[1]}
+    known = {"tokens", "loss"} | {name for panel in PANELS for name in panel[1]}
     shown = [_panel(run, *panel) for panel in PANELS if any(name in names for name in panel[1])]
     others = [_panel(run, name, (name,), lambda x: f"{x:.4g}", False) for name in names if name not in known]
     if not shown and not others:
@@ -222,9 +228,9 @@ def _panels(run: Run) -> str:
 def _panel(run: Run, title: str, names: tuple[str, ...], show: Callable[[float], str], from_zero: bool) -> str:
     lines = [(name, run.series("train", name)) for name in names]
     lines = [(name, series) for name, series in lines if np.isfinite(series[1]).any()]
-    colours = [COLOURS[c] for c in (TRAIN, HELD)] if len(lines) > 1 else ["inherit"]
+    colours = (COLOURS[TRAIN], COLOURS[HELD]) if len(lines) > 1 else ("inherit",)
     last = ""
-    for (name, (_, values)), colour in zip(lines, colours, strict=True):
+    for (name, (_, values)), colour in zip(lines, colours, strict=False):
         label = f"{name.upper()} " if len(lines) > 1 else ""
         last += f'<span style="color:{colour}">{_text(label + show(float(values[np.isfinite(values)][-1])))}</span> '
     figure = _panel_figure(title, lines, from_zero) if lines else ""
@@ -235,8 +241,7 @@ def _samples(run: Run) -> str:
     """Completions of the last sampled step, earlier ones folded away."""
     by_step: dict[int, dict[str, str]] = {}
     for sample in run.samples:
-        if _is_number(sample.get("step")):
-            by_step.setdefault(int(sample["step"]), {})[str(sample.get("prompt", ""))] = str(sample.get("completion", ""))
+        by_step.setdefault(int(sample["step"]), {})[str(sample.get("prompt", ""))] = str(sample.get("completion", ""))
     if not by_step:
         return _missing("There are no samples.")
 
@@ -254,7 +259,7 @@ def _samples(run: Run) -> str:
 
 def _commands(run: Run) -> str:
     go_on = run.results.get("go_on")
-    generate = run.results.get("generate") or f'jaxllm generate {run.path.name} --prompt "def quicksort(items):"'
+    generate = run.results.get("generate") or f"jaxllm generate {shlex.quote(str(run.path))} --prompt 'Once upon a time'"
     rows = [("Train further", go_on), ("Generate", generate)]
     lines = [f"<p>{label}</p>\n<pre>{_text(command)}</pre>\n" for label, command in rows if command]
     return "".join(lines) + (
@@ -268,7 +273,7 @@ def _events(run: Run) -> str:
     rows += [
         (r["step"], "not finite", f"{r.get('kind', '?')}: {', '.join(map(str, r['nonfinite']))}")
         for r in run.records
-        if isinstance(r.get("nonfinite"), list) and _is_number(r.get("step"))
+        if isinstance(r.get("nonfinite"), list)
     ]
     for path in sorted(run.path.glob("metrics.cut-*.jsonl")):
         steps = [r["step"] for r in read_lines(path) if _is_number(r.get("step"))]
@@ -282,23 +287,28 @@ def _events(run: Run) -> str:
 
 
 def _happened(run: Run) -> list[dict[str, Any]]:
-    return [r for r in run.records if r.get("kind") == "event" and _is_number(r.get("step"))]
+    return [r for r in run.records if r.get("kind") == "event"]
 
 
-BYTE_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (0, "B"))
+BYTE_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 
 def _checkpoints(run: Run) -> str:
+    """A checkpoint is complete when each process that wrote it left its manifest; nothing is verified here."""
     rows = []
     folder = run.path / "checkpoints"
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.is_dir() and (step := re.search(r"\d+$", path.name)):
+        name = re.fullmatch(r"(corrupt-)?(\d+)", path.name)
+        if name and path.is_dir():
             size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-            made = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-            rows.append((int(step[0]), _human(size, BYTE_UNITS), made, f"checkpoints/{path.name}"))
+            counts = [int(f.stem.rsplit("-", 1)[1]) for f in path.glob("manifest-*-of-*.json")]
+            whole = bool(counts) and len(counts) == counts[0]
+            state = "damaged, set aside" if name[1] else "complete" if whole else "incomplete"
+            rows.append((int(name[2]), _human(size, BYTE_UNITS), state, _date(path.stat().st_mtime), f"checkpoints/{path.name}"))
     if not rows:
         return _missing("There are no checkpoints.")
-    return _table([(f"{step:,}", *rest) for step, *rest in sorted(rows)], ("Step", "Size", "Written", "Folder"), numbers=(0, 1))
+    table = [(f"{step:,}", *rest) for step, *rest in sorted(rows)]
+    return _table(table, ("Step", "Size", "State", "Written", "Folder"), numbers=(0, 1))
 
 
 def _facts_file(run: Run, values: dict[str, Any], name: str) -> str:
@@ -320,7 +330,7 @@ def _configuration(run: Run) -> str:
 
 def _footer(run: Run) -> str:
     times = [float(r["time"]) for r in run.records if _is_number(r.get("time"))]
-    when = f" Last record: {time.strftime('%Y-%m-%d %H:%M', time.localtime(max(times)))}." if times else ""
+    when = f" Last record: {_date(max(times))}." if times else ""
     return f"Written by jaxllm {__version__} from the files in {_text(run.path.name or run.path)}.{when}"
 
 
@@ -343,6 +353,8 @@ def _loss_figure(train: Series, held_out: Series, tokens: Series, marks: Sequenc
     steps, smooth = _line(axes, train, TRAIN)
     # A fall from ln V to the final loss would flatten all that follows: the frame holds what comes after the first tenth.
     shown = np.concatenate([y[x >= train[0][0] + 0.1 * np.ptp(train[0])] for x, y in (train, held_out)])
+    if not np.isfinite(shown).any():
+        shown = train[1]
     low, high = np.nanmin(shown), np.nanmax(shown)
     margin = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
@@ -363,13 +375,13 @@ def _loss_figure(train: Series, held_out: Series, tokens: Series, marks: Sequenc
     for step, name in marks:
         axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
         axes.annotate(name, (step, 1), (4, -3), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", color=MUTED)
-    axes.set_xlim(0, right)
+    axes.set_xlim(0, 1.004 * right or 1.0)  # room for the last marker
     _unit(axes, "steps", 0)
-    _token_axis(axes, tokens, right)
-    return _svg(figure, "loss", "Training and held-out loss over steps"), above
+    _token_axis(axes, tokens)
+    return _svg(figure, "Training and held-out loss over steps"), above
 
 
-def _token_axis(axes: Any, tokens: Series, right: float) -> None:
+def _token_axis(axes: Any, tokens: Series) -> None:
     """A second axis along the top: the tokens seen by each step, which need not be proportional (batch ramps)."""
     good = np.isfinite(tokens[1])
     x, y = np.append(0.0, tokens[0][good]), np.append(0.0, tokens[1][good])
@@ -379,7 +391,7 @@ def _token_axis(axes: Any, tokens: Series, right: float) -> None:
     from matplotlib.ticker import MaxNLocator
 
     top = axes.twiny()
-    top.set_xlim(0, right)
+    top.set_xlim(axes.get_xlim())
     ticks = [t for t in MaxNLocator(6).tick_values(0, y[-1]) if 0 <= t <= y[-1]]
     top.set_xticks(np.interp(ticks, y, x), [_human(t) for t in ticks])
     _unit(axes, "tokens", 1)
@@ -390,7 +402,7 @@ def _token_axis(axes: Any, tokens: Series, right: float) -> None:
 
 def _unit(axes: Any, name: str, height: int) -> None:
     """The name of a horizontal axis in the row of its tick labels, right of the last one."""
-    at = (20, 8 if height else -8)
+    at = (26, 8 if height else -8)
     axes.annotate(name, (1, height), at, xycoords="axes fraction", textcoords="offset points", va="center", color=MUTED)
 
 
@@ -414,7 +426,7 @@ def _panel_figure(title: str, lines: Sequence[tuple[str, Series]], from_zero: bo
         axes.yaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     elif high < 0.01:
         axes.yaxis.set_major_formatter(lambda x, _: f"{x:.1e}".replace("e-0", "e-") if x else "0")
-    return _svg(figure, re.sub(r"\W+", "-", title), f"{title} over steps")
+    return _svg(figure, f"{title} over steps")
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
@@ -446,10 +458,10 @@ def _line(axes: Any, series: Series, colour: str, smooth: bool = True) -> Series
 
 
 def _running_mean(y: np.ndarray) -> np.ndarray:
-    """Mean over i ± n/60, twice. At the start, where a loss falls fast, the window shrinks to i ± i, so that it never lags."""
+    """Mean over i ± n/60, twice; at the start, where a loss falls steeply, over i ± i/4, so that the mean follows the fall."""
     n = len(y)
     index = np.arange(n)
-    half = np.minimum(index, n // 60)
+    half = np.minimum(index // 4, n // 60)
     low, high = index - half, np.minimum(index + half + 1, n)
     for _ in range(2):
         sums = np.append(0.0, np.cumsum(y))
@@ -470,10 +482,11 @@ def _thin(x: np.ndarray, y: np.ndarray, num_groups: int = 600) -> Series:
     return x[index], y[index]
 
 
-def _svg(figure: Any, name: str, label: str) -> str:
+def _svg(figure: Any, label: str) -> str:
     """The figure as inline SVG: text stays text, colours become the page's, ids are made unique to the page."""
     import matplotlib as mpl
 
+    name = f"plot{zlib.crc32(label.encode()):08x}"
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.0, "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -493,8 +506,12 @@ def _svg(figure: Any, name: str, label: str) -> str:
 # ---------------------------------------------------------------------------------- words and tables
 
 
+CONTROL = {i: 0x2400 + i for i in range(32) if i not in (9, 10)} | {127: 0x2421}
+"""Control characters, which a model of bytes may write and HTML may not hold, to the pictures of them that Unicode has."""
+
+
 def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+    return html.escape(str(value).translate(CONTROL), quote=True)
 
 
 def _missing(message: str) -> str:
@@ -526,11 +543,18 @@ def _flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # False for nan
 
 
 def _number(value: Any, default: float | None = None) -> Any:
     return float(value) if _is_number(value) else default
+
+
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return "unknown"
 
 
 def _percent(ratio: float, digits: int = 1) -> str:
@@ -591,7 +615,7 @@ small, figcaption, .muted, .note, .eyebrow, footer { color: var(--muted); }
 .bar { display: block; height: 1.15rem; background: var(--muted); opacity: 0.38; border-radius: 1px; }
 .own .bar { background: var(--train); opacity: 1; }
 .own th, .own .number { font-weight: 650; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.4rem, 1fr)); gap: 1.2rem 1.5rem; margin: 2.6rem 0 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.4rem, 1fr)); gap: 1.2rem 1.5rem; margin: 2.6rem 0 0; }
 .facts dt { font-size: 0.8rem; color: var(--muted); }
 .facts dd { margin: 0; font-size: 1.2rem; font-weight: 550; }
 figure { margin: 0; overflow-x: auto; }
@@ -604,7 +628,7 @@ figcaption { font-size: 0.85rem; margin-top: 0.6rem; }
 table { width: 100%; border-collapse: collapse; font-size: 0.9rem; }
 th { font-weight: 550; text-align: left; color: var(--muted); }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
-td.number, th.number { text-align: right; white-space: nowrap; }
+td.number, th.number { text-align: right; white-space: nowrap; width: 1%; }
 .scroll { overflow-x: auto; }
 .facts-table td:first-child { width: 38%; color: var(--muted); }
 pre { font: 0.84rem/1.55 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; background: var(--wash); margin: 0 0 1rem;

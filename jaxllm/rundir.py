@@ -1,11 +1,11 @@
 """The run directory: where it is, what it was made with, and who may write to it.
 
-    runs/<name>-<8 hex of the config's hash>/
-      config.json        the resolved config, its hash, the parent run, the precision that was chosen
-      environment.json   versions, git commit, devices, mesh, kernels
-      data.json          corpus hash and counts          tokenizer/   the tokenizer itself
-      metrics.jsonl      one line per record             tensorboard/
-      checkpoints/       by step, each with a manifest   samples.jsonl   results.json   report.html
+runs/<name>-<8 hex of the config's hash>/
+  config.json        the resolved config, its hash, the parent run, the precision that was chosen
+  environment.json   versions, git commit, devices, mesh, kernels
+  data.json          corpus hash and counts          tokenizer/   the tokenizer itself
+  metrics.jsonl      one line per record             tensorboard/
+  checkpoints/       by step, each with a manifest   samples.jsonl   results.json   report.html
 """
 
 from __future__ import annotations

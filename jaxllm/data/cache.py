@@ -52,7 +52,7 @@ def key(*parts: object) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
-def folder(target: Path, build: Callable[[Path], None]) -> Path:
+def folder(target: Path, build: Callable[[Path], object]) -> Path:
     """`target`, made by `build(an empty folder)` if it is not there yet.
 
     Raises:
@@ -139,7 +139,7 @@ def fingerprint(paths: Sequence[Path], cache: Path, *, text: bool) -> str:
         # A file written within the clock's grain could change again without a new time: not remembered.
         if time.time() - max((stat.st_mtime for stat in stats), default=0.0) < _RACY_SECONDS:
             return digest.hexdigest()
-        folder(memo, lambda to: (to / "hash").write_text(digest.hexdigest()) and None)
+        folder(memo, lambda to: (to / "hash").write_text(digest.hexdigest()))
     return (memo / "hash").read_text()
 
 
@@ -159,7 +159,9 @@ def _blocks(path: Path, *, text: bool) -> Iterator[bytes]:
     except UnicodeDecodeError as error:
         raise _not_text(path, f"bytes near offset {offset + error.start} are not UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"data file {path} cannot be read ({error.strerror}); check its permissions or leave it out of the path") from None
+        raise ConfigError(
+            f"data file {path} cannot be read ({error.strerror}); check its permissions or leave it out of the path"
+        ) from None
 
 
 def _not_text(path: Path, why: str) -> ConfigError:

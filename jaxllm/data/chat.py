@@ -52,7 +52,9 @@ def encode(documents: Sequence[Document], tokenizer: Tokenizer, loss_on: str) ->
       ConfigError: the tokenizer has no eos, or its chat template fails.
     """
     if tokenizer.eos_id is None:
-        raise ConfigError("the tokenizer has no eos token to end documents with; name one as eos_token in a tokenizer_config.json beside it")
+        raise ConfigError(
+            "the tokenizer has no eos token to end documents with; name one as eos_token in a tokenizer_config.json beside it"
+        )
     split = [pieces(document, tokenizer.chat_template, loss_on) for document in documents]
     ids: dict[bool, Any] = {
         special: iter(tokenizer.encode_batch([p.text for ps in split for p in ps if p.special is special], special=special))
@@ -116,7 +118,9 @@ def _templated(messages: Sequence[Mapping[str, str]], template: str, everything:
             continue
         before, after = _render(messages[:turn], template, generation=True), _render(messages[: turn + 1], template)
         if not (whole.startswith(after) and after.startswith(before)):
-            raise ConfigError("the tokenizer's chat template rewrites earlier turns, so loss_on 'assistant' cannot find them; use loss_on 'all'")
+            raise ConfigError(
+                "the tokenizer's chat template rewrites earlier turns, so loss_on 'assistant' cannot find them; use loss_on 'all'"
+            )
         out += [Piece(whole[done : len(before)], False, special=True), Piece(after[len(before) :], True, special=True)]
         done = len(after)
     return [piece for piece in (*out, Piece(whole[done:], everything, special=True)) if piece.text]

@@ -98,9 +98,13 @@ def tokenise(source: Source, config: SourceConfig, tokenizer: Tokenizer, cache: 
     Raises:
       ConfigError: a document that cannot be read, with its file and line; no space.
     """
-    key = caching.key(_VERSION, source.fingerprint, tokenizer.fingerprint, config.kind, config.field, config.prompt_field, config.loss_on, config.document)
+    key = caching.key(
+        _VERSION, source.fingerprint, tokenizer.fingerprint, config.kind, config.field, config.prompt_field, config.loss_on, config.document
+    )
     documents = (source[i] for i in range(len(source)))
-    return Corpus(caching.folder(cache / "corpora" / key, lambda to: _write(to, source.name, documents, len(source), config, tokenizer, say)))
+    return Corpus(
+        caching.folder(cache / "corpora" / key, lambda to: _write(to, source.name, documents, len(source), config, tokenizer, say))
+    )
 
 
 def _write(
@@ -132,7 +136,8 @@ def _write(
     np.save(to / "toggles.npy", np.array(toggles, np.int64))
     meta = {"num_documents": len(lengths), "num_tokens": num_tokens, "num_bytes": sum(sizes), "dtype": dtype.name}
     (to / "meta.json").write_text(json.dumps(meta))
-    say(f"data: tokenised {name}: {len(lengths):,} documents, {sum(sizes):,} bytes, {num_tokens:,} tokens ({time.monotonic() - start:.1f} s)")
+    seconds = time.monotonic() - start
+    say(f"data: tokenised {name}: {len(lengths):,} documents, {sum(sizes):,} bytes, {num_tokens:,} tokens ({seconds:.1f} s)")
 
 
 def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -1,8 +1,8 @@
 """Which source's which row is row r of the run: a function of r, found by cumulative sums, never by replaying.
 
-    concatenate   an epoch is the rows of all sources, permuted as one; each row once
-    weighted      rows are dealt to the sources in proportion to weights that may change at given rows; each
-                  source runs through its own epochs
+concatenate   an epoch is the rows of all sources, permuted as one; each row once
+weighted      rows are dealt to the sources in proportion to weights that may change at given rows; each
+              source runs through its own epochs
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +19,12 @@ from jaxllm.config import ConfigError, DataConfig
 from jaxllm.data.packing import combine, permute
 
 
-class Place(NamedTuple):
-    """A row: `row` of the plan of `epoch` of `source`."""
+class Places(NamedTuple):
+    """Where rows are: row `row[i]` of the plan of epoch `epoch[i]` of source `source[i]`."""
 
-    source: int
-    epoch: int
-    row: int
+    source: np.ndarray
+    epoch: np.ndarray
+    row: np.ndarray
 
 
 class Order:
@@ -39,41 +40,44 @@ class Order:
         self._shares = shares(config) if config.mixture == "weighted" else None
         self._starts: dict[int, list[int]] = {}
 
-    def places(self, rows: np.ndarray) -> list[Place]:
-        """The place of each row of the run."""
-        return [self._place(int(row)) for row in rows]
-
     def epoch_rows(self, epoch: int) -> int:
         """Rows of all sources in one epoch."""
         return sum(self._num_rows(source, epoch) for source in range(self._num_sources))
 
-    def _place(self, row: int) -> Place:
-        if self._shares is not None:
-            source, row = self._shares.locate(row)
-            epoch, row = self._epoch(row, source, lambda e: self._num_rows(source, e))
-            return Place(source, epoch, self._permuted(row, self._num_rows(source, epoch), source + 1, epoch))
-        epoch, row = self._epoch(row, -1, self.epoch_rows)
-        row = self._permuted(row, self.epoch_rows(epoch), 0, epoch)
-        for source in range(self._num_sources):
-            num = self._num_rows(source, epoch)
-            if row < num:
-                return Place(source, epoch, row)
-            row -= num
-        raise AssertionError("a row beyond its epoch")
+    def places(self, rows: np.ndarray) -> Places:
+        """The places of these rows of the run."""
+        if self._shares is None:
+            epoch, row = self._in_epochs(rows, -1, self.epoch_rows)
+            source = np.zeros_like(row)
+            for e in np.unique(epoch):
+                at = epoch == e
+                ends = np.cumsum([self._num_rows(s, int(e)) for s in range(self._num_sources)])
+                source[at] = np.searchsorted(ends, row[at], side="right")
+                row[at] -= np.concatenate([[0], ends])[source[at]]
+            return Places(source, epoch, row)
+        dealt = np.array([self._shares.locate(int(row)) for row in rows], np.int64).reshape(-1, 2)
+        source, row = dealt[:, 0], dealt[:, 1].copy()
+        epoch = np.zeros_like(row)
+        for s in np.unique(source).tolist():
+            at = source == s
+            epoch[at], row[at] = self._in_epochs(row[at], s, partial(self._num_rows, s))
+        return Places(source, epoch, row)
 
-    def _epoch(self, row: int, sequence: int, num_rows: Callable[[int], int]) -> tuple[int, int]:
-        """(epoch, row within it) by the cumulative sum of the epochs' rows, extended as far as needed."""
+    def _in_epochs(self, rows: np.ndarray, sequence: int, num_rows: Callable[[int], int]) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, permuted row within it) of positions in one endless sequence of epochs, by the epochs' cumulative sums."""
         starts = self._starts.get(sequence, [0])
-        if starts[-1] <= row:
+        last = int(rows.max(initial=0))
+        if starts[-1] <= last:
             starts = list(starts)  # readers in other threads keep the old list
-            while starts[-1] <= row:
+            while starts[-1] <= last:
                 starts.append(starts[-1] + num_rows(len(starts) - 1))
             self._starts[sequence] = starts
-        epoch = bisect_right(starts, row) - 1
-        return epoch, row - starts[epoch]
-
-    def _permuted(self, row: int, num: int, *key: int) -> int:
-        return row if self._key is None else int(permute(np.array([row]), num, combine(self._key, *key))[0])
+        epoch = np.searchsorted(starts, rows, side="right") - 1
+        row = np.asarray(rows, np.int64) - np.array(starts)[epoch]
+        if self._key is not None:
+            for e in np.unique(epoch).tolist():
+                row[epoch == e] = permute(row[epoch == e], starts[e + 1] - starts[e], combine(self._key, sequence, e))
+        return epoch, row
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -152,7 +156,10 @@ def shares(config: DataConfig) -> Shares:
         schedule.insert(0, (0, tuple(source.weight for source in config.sources)))
     for (first, weights), following in zip(schedule, [*schedule[1:], None], strict=True):
         if len(weights) != len(config.sources):
-            raise ConfigError(f"data.mixture_schedule gives {len(weights)} weights from row {first}, and there are {len(config.sources)} sources; give one each")
+            raise ConfigError(
+                f"data.mixture_schedule gives {len(weights)} weights from row {first} "
+                f"and there are {len(config.sources)} sources; give one each"
+            )
         if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
             raise ConfigError(f"the mixture's weights from row {first} are {tuple(weights)}; they must be 0 or more, finite, and not all 0")
         if following is not None and following[0] <= first:

@@ -49,7 +49,9 @@ class Plan:
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("starts", "lengths", "rows")))
 
 
-def make_plan(offsets: np.ndarray, documents: np.ndarray, sequence_length: int, packing: Packing, *, separate: bool, key: int | None) -> Plan:
+def make_plan(
+    offsets: np.ndarray, documents: np.ndarray, sequence_length: int, packing: Packing, *, separate: bool, key: int | None
+) -> Plan:
     """The plan of one epoch. Every prediction inside a document is in exactly one row.
 
     Args:

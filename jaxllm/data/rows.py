@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,17 @@ import numpy as np
 from jaxllm.config import DataConfig
 from jaxllm.data import cache as caching
 from jaxllm.data.corpus import Corpus
-from jaxllm.data.mixture import Order, Place
+from jaxllm.data.mixture import Order, Places
 from jaxllm.data.packing import Packing, Plan, combine, make_plan
+from jaxllm.data.position import Position
+from jaxllm.data.ramp import Ramp
 
 type Arrays = dict[str, np.ndarray]
 """tokens, labels, loss_mask, segment_ids, positions [B T] and source [B]."""
 
 _VERSION = "v1"
 _OPEN_PLANS = 8
+_ENDLESS = 1 << 40
 
 
 class PackedCorpus:
@@ -33,11 +37,24 @@ class PackedCorpus:
     """
 
     def __init__(
-        self, corpus: Corpus, *, held_out: bool | None, fraction: float, sequence_length: int, packing: Packing, separate: bool, key: int | None
+        self,
+        corpus: Corpus,
+        *,
+        held_out: bool | None,
+        fraction: float,
+        sequence_length: int,
+        packing: Packing,
+        separate: bool,
+        key: int | None,
     ) -> None:
-        self.corpus, self.held_out, self.fraction = corpus, held_out, fraction
+        self.corpus, self.held_out, self.fraction = corpus, held_out, fraction if held_out is not None else 0.0
         self.sequence_length, self.packing, self.separate, self.key = sequence_length, packing, separate, key
         self._plans: OrderedDict[int, Plan] = OrderedDict()
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """Indices of the documents on this side of the split."""
+        return self.corpus.documents(self.held_out, self.fraction)
 
     def plan(self, epoch: int) -> Plan:
         """The plan of one epoch."""
@@ -45,8 +62,7 @@ class PackedCorpus:
         plan = self._plans.get(epoch)
         if plan is None:
             key = None if self.key is None else combine(self.key, epoch)
-            side = [self.held_out, self.fraction if self.held_out is not None else None]
-            name = caching.key(_VERSION, side, self.sequence_length, self.packing, self.separate, key)
+            name = caching.key(_VERSION, self.held_out, self.fraction, self.sequence_length, self.packing, self.separate, key)
             folder = caching.folder(self.corpus.folder / f"plan-{name}", lambda to: self._make(key).save(to))
             self._plans[epoch] = plan = Plan.load(folder)
             while len(self._plans) > _OPEN_PLANS:
@@ -54,8 +70,7 @@ class PackedCorpus:
         return plan
 
     def _make(self, key: int | None) -> Plan:
-        documents = self.corpus.documents(self.held_out, self.fraction)
-        return make_plan(self.corpus.offsets, documents, self.sequence_length, self.packing, separate=self.separate, key=key)
+        return make_plan(self.corpus.offsets, self.documents, self.sequence_length, self.packing, separate=self.separate, key=key)
 
     def __reduce__(self) -> Any:
         names = ("held_out", "fraction", "sequence_length", "packing", "separate", "key")
@@ -80,21 +95,38 @@ class Rows:
         """The arrays of these rows of the run, in order."""
         return self.at(self.order.places(rows))
 
-    def at(self, places: Sequence[Place]) -> Arrays:
+    def at(self, places: Places) -> Arrays:
         """The arrays of the rows at these places; rows of one plan are gathered at once."""
-        out = empty(len(places), self.config.sequence_length, self.fill_id)
-        groups: dict[tuple[int, int], list[int]] = {}
-        for i, place in enumerate(places):
-            groups.setdefault((place.source, place.epoch), []).append(i)
-        for (source, epoch), members in groups.items():
+        out = empty(len(places.row), self.config.sequence_length, self.fill_id)
+        out["source"][:] = places.source
+        for source, epoch in set(zip(places.source.tolist(), places.epoch.tolist(), strict=True)):
             packed = self.packed[source]
             plan = packed.plan(epoch)
-            wanted = np.array([places[i].row for i in members])
-            first, counts = plan.rows[wanted], plan.rows[wanted + 1] - plan.rows[wanted]
-            pieces = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+            members = np.flatnonzero((places.source == source) & (places.epoch == epoch))
+            wanted = places.row[members]
+            counts = plan.rows[wanted + 1] - plan.rows[wanted]
+            pieces = np.repeat(plan.rows[wanted] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
             fill(out, np.repeat(members, counts), plan.starts[pieces], plan.lengths[pieces], packed.corpus, packed.separate)
-            out["source"][members] = source
         return out
+
+
+class Steps:
+    """The batches of a run as a random-access source for grain: element i is (arrays, None) of step position.step + i.
+
+    Args:
+      wanted: batch size -> which rows of such a batch to read.
+    """
+
+    def __init__(self, rows: Rows, ramp: Ramp, position: Position, wanted: dict[int, np.ndarray]) -> None:
+        self._rows, self._ramp, self._position, self._wanted = rows, ramp, position, wanted
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: Any) -> tuple[Arrays, None]:
+        batch_id = Position(self._position.step + int(index), self._position.skipped).batch_id
+        members = self._wanted[self._ramp.batch_size(batch_id)]
+        return self._rows.read(self._ramp.first_row(batch_id) + members), None
 
 
 def empty(num_rows: int, sequence_length: int, fill_id: int) -> Arrays:

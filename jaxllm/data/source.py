@@ -119,7 +119,9 @@ def from_record(record: Mapping[str, Any], config: SourceConfig, where: Callable
     prompt = _text(_field(record, config.prompt_field, where), config.prompt_field, where) if config.prompt_field else ""
     if not isinstance(value, (list, tuple)):
         if config.loss_on == "assistant":
-            raise ConfigError(f"{where()}: loss_on 'assistant' needs a chat in '{config.field}', a list of {{'role', 'content'}}; it is text")
+            raise ConfigError(
+                f"{where()}: loss_on 'assistant' needs a chat in '{config.field}', a list of {{'role', 'content'}}; it is text"
+            )
         return Document(text=_text(value, config.field, where), prompt=prompt)
     for turn, message in enumerate(value):
         if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
@@ -136,7 +138,9 @@ def _field(record: Mapping[str, Any], name: str, where: Callable[[], str]) -> An
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
             fields = ", ".join(map(str, record)) or "none"
-            raise ConfigError(f"{where()} has no field '{name}'{nearest(name, map(str, record))} (its fields: {fields}); set SourceConfig.field")
+            raise ConfigError(
+                f"{where()} has no field '{name}'{nearest(name, map(str, record))} (its fields: {fields}); set SourceConfig.field"
+            )
         value = value[part]
     return value
 
@@ -148,7 +152,7 @@ def _text(value: Any, name: str, where: Callable[[], str]) -> str:
             text.encode()  # a lone surrogate, which JSON can spell, is in no UTF-8 text
             return text
     except UnicodeError as error:
-        raise ConfigError(f"{where()}: field '{name}' is not valid Unicode ({error.reason}); repair it or leave the record out") from None
+        raise ConfigError(f"{where()}: field '{name}' is not valid Unicode ({error}); repair it or leave the record out") from None
     raise ConfigError(f"{where()}: field '{name}' holds {type(value).__name__}, not text or a chat; choose another with SourceConfig.field")
 
 
@@ -203,7 +207,7 @@ class JsonLines(_Files):
         except ValueError as error:
             raise ConfigError(f"{where()} is not JSON ({error}); repair the line or remove it") from None
         if not isinstance(record, dict):
-            raise ConfigError(f"{where()} is a JSON {type(record).__name__}, not an object; write {{\"{self.config.field}\": …}}")
+            raise ConfigError(f'{where()} is a JSON {type(record).__name__}, not an object; write {{"{self.config.field}": …}}')
         return from_record(record, self.config, where)
 
 
@@ -275,7 +279,8 @@ class Parquet(_Files):
             for field in filter(None, (config.field, config.prompt_field)):
                 if field not in names and field.split(".")[0] not in names:
                     raise ConfigError(
-                        f"data file {path} has no column '{field}'{nearest(field, names)} (its columns: {', '.join(names)}); set SourceConfig.field"
+                        f"data file {path} has no column '{field}'{nearest(field, names)} "
+                        f"(its columns: {', '.join(names)}); set SourceConfig.field"
                     )
             groups += [(file, group) for group in range(file.num_row_groups)]
         self._groups = groups
@@ -328,7 +333,9 @@ class ArrayRecords(_Files):
         try:
             return from_record(json.loads(value), self.config, where)
         except ValueError as error:
-            raise error if isinstance(error, ConfigError) else ConfigError(f"{where()} is not JSON ({error}); the first record is") from None
+            raise (
+                error if isinstance(error, ConfigError) else ConfigError(f"{where()} is not JSON ({error}); the first record is")
+            ) from None
 
 
 class Tfds:
@@ -349,7 +356,8 @@ class Tfds:
         except tfds.core.DatasetNotFoundError:
             known = tfds.list_builders(with_community_datasets=False)
             raise ConfigError(
-                f"no data set '{match['name']}' in TensorFlow Datasets{nearest(match['name'], known)}; give its data_dir, or import its builder"
+                f"no data set '{match['name']}' in TensorFlow Datasets{nearest(match['name'], known)}; "
+                "give its data_dir, or import its builder"
             ) from None
         if not builder.is_prepared():
             raise ConfigError(

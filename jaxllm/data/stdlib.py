@@ -23,7 +23,9 @@ from jaxllm.config import ConfigError
 from jaxllm.data.source import Document
 
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
-_GENERATED = re.compile(r"(?i)auto-?generated|generated from|(file|tables) (is|was|were|are) (automatically )?generated|configuration generated")
+_GENERATED = re.compile(
+    r"(?i)auto-?generated|generated from|(file|tables) (is|was|were|are) (automatically )?generated|configuration generated"
+)
 # Importing these has an effect (a terminal is set up, a window opens), or they exist for CPython's own tests.
 _NOT_IMPORTED = re.compile(r"readline|_?xx.*|_test.*|_ctypes_test|antigravity|this")
 
@@ -37,7 +39,8 @@ class Stdlib:
         self._documents = [*_sources(), *_compiled_modules(), *_topics()]
         if sum(len(document.text) for document in self._documents) < 1_000_000:
             raise ConfigError(
-                f"this Python ships without its sources ({sysconfig.get_path('stdlib')}); use a text source: --data.sources.0.kind text --data.sources.0.path DIR"
+                f"this Python ships without its sources ({sysconfig.get_path('stdlib')}); "
+                "use text of your own: SourceConfig(kind='text', path=FOLDER)"
             )
         digest = hashlib.sha256()
         for document in self._documents:
@@ -77,8 +80,8 @@ def _sources() -> Iterator[Document]:
 
 
 def _compiled_modules() -> Iterator[Document]:
-    suffixes = importlib.machinery.EXTENSION_SUFFIXES
-    found = {p.name.split(".")[0] for s in suffixes for p in Path(sysconfig.get_path("platstdlib"), "lib-dynload").glob(f"*{s}")}
+    folders = [Path(path) for path in sys.path if path.endswith("lib-dynload")]
+    found = {path.name.split(".")[0] for folder in folders for path in folder.glob("*") if path.suffix in (".so", ".pyd")}
     for name in sorted(found | set(sys.builtin_module_names)):
         if _NOT_IMPORTED.fullmatch(name):
             continue
@@ -99,7 +102,8 @@ def _docstrings(name: str, value: Any, module: str) -> Iterator[str]:
     is_member = inspect.isbuiltin(value) or inspect.ismethoddescriptor(value) or inspect.isdatadescriptor(value)
     text = getattr(value, "__doc__", None)
     if (is_class or is_member) and isinstance(text, str) and text:
-        yield f"{name}{getattr(value, '__text_signature__', None) or ''}\n\n{inspect.cleandoc(text)}"
+        signature = re.sub(r"\$module(, )?|\$", "", getattr(value, "__text_signature__", None) or "")
+        yield f"{name}{signature}\n\n{inspect.cleandoc(text)}"
     if is_class:
         for attribute, member in sorted(vars(value).items()):
             if not attribute.startswith("__"):

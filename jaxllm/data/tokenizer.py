@@ -72,7 +72,9 @@ def load(path: str | Path) -> Tokenizer:
     names = ("tokenizer.model", "tokenizer.json", "tokenizer.bytes")
     file = next((path / name for name in names if (path / name).exists()), None) if path.is_dir() else path
     if file is None or not file.exists():
-        raise ConfigError(f"no tokenizer at '{path}'; give a SentencePiece .model, a tokenizer.json, or a folder with {' or '.join(names[:2])}")
+        raise ConfigError(
+            f"no tokenizer at '{path}'; give a SentencePiece .model, a tokenizer.json, or a folder with {' or '.join(names[:2])}"
+        )
     if file.suffix == ".bytes":
         return ByteTokenizer()
     if file.suffix != ".json":
@@ -95,7 +97,9 @@ def from_config(config: TokenizerConfig) -> Tokenizer | None:
         return ByteTokenizer()
     if not config.path:
         if config.kind == "huggingface":
-            raise ConfigError("data.tokenizer.kind 'huggingface' needs data.tokenizer.path, a tokenizer.json; only SentencePiece is trained here")
+            raise ConfigError(
+                "data.tokenizer.kind 'huggingface' needs data.tokenizer.path, a tokenizer.json; only SentencePiece is trained here"
+            )
         return None
     tokenizer = load(config.path)
     wanted = SentencePiece if config.kind == "sentencepiece" else HuggingFace

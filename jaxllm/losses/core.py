@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxllm.config import ConfigError, nearest
 from jaxllm.contract import Batch, Mean, Obs, Params
+from jaxllm.losses.annotate import Annotator, chain
 
 type Scalar = Float[Array, ""]
 type State = Any
@@ -31,8 +32,6 @@ type Weights = dict[str, Scalar]
 type Means = dict[str, Mean]
 type Coefficient = float | Callable[[Any], Any]
 """A number, or an optax schedule of `Obs.step`."""
-type Annotator = Callable[[dict[str, Params], Obs, Array | None], Obs]
-"""`(frozen params by model name, obs, key) -> obs` with more in it; never with gradients. See `losses/annotate.py`."""
 
 LEAF = "loss"
 
@@ -89,7 +88,8 @@ def total(**losses: LossTransform) -> LossTransform:
     """
 
     def update(obs: Obs, state: State, weights: Weights) -> tuple[Scalar, Means]:
-        scalar, means = jnp.zeros((), jnp.float32), {}
+        scalar: Scalar = jnp.zeros((), jnp.float32)
+        means: Means = {}
         for name, loss in losses.items():
             part, inner = loss.update(obs, state[name], _inside(weights, name))
             scalar += part
@@ -148,10 +148,7 @@ def partition(by: str, /, **branches: LossTransform | tuple[int | Sequence[int],
 
     def rows(numbers: Sequence[int]) -> Callable[[Batch], Bool[Array, " B"]]:
         def where(batch: Batch) -> Bool[Array, " B"]:
-            kinds = batch.source if by == "source" else batch.extras.get(by)
-            if kinds is None:
-                has = [name for name in ("source",) if batch.source is not None] + list(batch.extras)
-                raise ConfigError(f"partition('{by}'): the batch has no '{by}'; it has {', '.join(has) or 'no such fields'}{nearest(by, has)}")
+            kinds = need(batch.extras | ({} if batch.source is None else {"source": batch.source}), by, "Batch")
             return jnp.isin(kinds, jnp.array(numbers))
 
         return where
@@ -214,8 +211,7 @@ def as_loss_fn(
         params: Params, frozen: dict[str, Params], batch: Batch, state: State, *, step: Any = 0, key: Array | None = None
     ) -> tuple[Scalar, tuple[Means, State]]:
         obs = apply(params, batch).replace(step=jnp.asarray(step))
-        for i, annotator in enumerate(annotators):
-            obs = annotator(frozen, obs, None if key is None else jax.random.fold_in(key, i))
+        obs = chain(*annotators)(frozen, obs, key)
         scalar, means = loss.update(obs, state, loss.weigh(batch))
         return scalar, (means, loss.finish(state, means))
 
@@ -238,6 +234,13 @@ def inverse(weight: Scalar) -> Scalar:
 def constant(means: Means) -> Means:
     """Metrics carry no gradient."""
     return jax.lax.stop_gradient(means)
+
+
+def need[Value](table: dict[str, Value], name: str, where: str, fix: str = "") -> Value:
+    """`table[name]`, or a ConfigError that says what is there."""
+    if name not in table:
+        raise ConfigError(f"a loss needs '{name}' in {where}, which has {', '.join(table) or 'nothing'}{nearest(name, table)}{fix}")
+    return table[name]
 
 
 def _outside[Value](values: dict[str, Value], name: str) -> dict[str, Value]:

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.models.attention_blocked import attend_blocked
 from jaxllm.models.layers import alibi_slopes, dropout
+from jaxllm.sharding import current_mesh
 
 
 @partial(
@@ -121,6 +123,44 @@ def attend_dense(
     out = einsum("BKGTS,BSKH->BTKGH", operand(weights), operand(v))
     lse = lse[..., 0].transpose(0, 3, 1, 2).reshape(batch, length, num_heads)
     return out.reshape(q.shape).astype(q.dtype), lse
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    sight: Sight,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    key: Array | None = None,
+    dtype: str = "float32",
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """`attend_dense`, by whatever is fastest here for these features: see `kernel`."""
+    dropping = dropout_rate > 0 and key is not None
+    if kernel(sight, q.shape[1], dropping) == "blocked":
+        return attend_blocked(
+            q, k, v, q_segments=sight.q_segments, k_segments=sight.k_segments, bias=sight.bias,
+            slopes=alibi_slopes(q.shape[2]) if sight.alibi else None,
+            causal=sight.causal, window=sight.window, scale=scale, soft_cap=soft_cap, dtype=dtype,
+        )  # fmt: skip
+    return attend_dense(q, k, v, sight, scale=scale, soft_cap=soft_cap, dropout_rate=dropout_rate, key=key, dtype=dtype)
+
+
+def kernel(sight: Sight, length: int, dropping: bool = False) -> str:
+    """Which implementation runs: 'blocked' or 'dense'.
+
+    blocked   one device, whole rows without dropout, cache positions or prefix-LM: never holds T × S scores
+    dense     everything else: on a mesh, where the partitioner splits its einsums over heads and rows; a step of decoding;
+              short rows, where T × S is small
+    """
+    plain = sight.q_positions is None and sight.k_positions is None and sight.prefix_mask is None and not dropping
+    return "blocked" if plain and length >= BLOCKED_FROM and current_mesh() is None else "dense"
+
+
+BLOCKED_FROM = 128
+"""Query length from which blocks pay off."""
 
 
 def merge(

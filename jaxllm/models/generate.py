@@ -71,7 +71,9 @@ def generator(lm: LM, sample: Sampler) -> Generator:
         last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return next_of(params, last, keys, jnp.int32(0)), out.cache
 
-    def decode(params: Params, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: Any, keys: Array, step: Array) -> tuple[Array, Any]:
+    def decode(
+        params: Params, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: Any, keys: Array, step: Array
+    ) -> tuple[Array, Any]:
         out = lm.apply(params, tokens[:, None], positions=positions[:, None], cache=cache)
         return next_of(params, out.hidden[:, 0], keys, step), out.cache
 
@@ -93,7 +95,8 @@ def stream(
         raise ConfigError(f"prompt {int(lengths.argmin())} is empty; give at least one token, e.g. the end-of-text token")
     if config.position == "learned" and limit > config.max_length:
         raise ConfigError(
-            f"prompt of {int(lengths.max())} tokens and {num_tokens} new ones are {limit - config.max_length} too many for a context of {config.max_length}"
+            f"a prompt of {int(lengths.max())} tokens and {num_tokens} new ones are {limit - config.max_length} too many "
+            f"for a context of {config.max_length}"
         )
     tokens = np.zeros((len(prompts), int(lengths.max())), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -215,6 +215,8 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arra
     scatter = vocab_axis and width % shards == 0
 
     def local(table: Array, tokens: Array) -> Array:
+        # Varying over `slice` from here on: the gradient is then reduced over `data` first, and only its shard crosses slices.
+        table = jax.lax.pcast(table, "slice", to="varying")
         if width_axis:
             table = jax.lax.all_gather(table, width_axis, axis=1, tiled=True)
         if not vocab_axis:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.config import ConfigError, LayerKind, ModelConfig, nearest
 from jaxllm.contract import LM, Dot, Out, Params, Unembedding, dot_in
-from jaxllm.models.attention import Cache, Sight, attend_dense, merge, slot_index, write_slots
+from jaxllm.models.attention import Cache, Sight, attend, merge, slot_index, write_slots
 from jaxllm.models.layers import FeedForward, Norm, Projection, dropout, kernel_std, look_up, rope_tables, rotate
 from jaxllm.sharding import constrain
 
@@ -112,7 +112,7 @@ class Attention(nn.Module):
     def attend(self, q: Array, k: Array, v: Array, sight: Sight, key: Array | None) -> tuple[Array, Array]:
         """(output, log-sum-exp) over the keys that `sight` shows."""
         cfg = self.config
-        return attend_dense(
+        return attend(
             q, k, v, sight,
             scale=cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
             soft_cap=cfg.attention_soft_cap, dropout_rate=cfg.attention_dropout, key=key, dtype=self.dtype,
@@ -320,9 +320,8 @@ def decoder(
 
     def init_cache(batch_size: int, max_length: int) -> Cache:
         """An empty cache for rows of up to `max_length` tokens."""
-        pattern, sizes = config.layer_pattern, []
-        for kind in pattern:
-            sizes.append(min(kind.window or max_length, max_length))
+        pattern = config.layer_pattern
+        sizes = [min(kind.window or max_length, max_length) for kind in pattern]
         depth = [len(range(j, config.num_layers, len(pattern))) for j in range(len(pattern))]
         zeros = tuple(
             jnp.zeros((n, batch_size, s, config.num_kv_heads, config.head_size), activation) for n, s in zip(depth, sizes, strict=True)

@@ -1,0 +1,35 @@
+"""A small Llama-style model on the running Python's own standard library, in a few minutes on two cores.
+
+    make quickstart        # or: jaxllm train configs/quickstart.py
+
+The corpus (about 9 MB of sources, docstrings and language topics) needs no download. Result: see README.md.
+"""
+
+from jaxllm.config import (
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+config = TrainConfig(
+    name="quickstart",
+    model=ModelConfig(
+        num_layers=6, width=256, num_heads=4, num_kv_heads=2, head_size=64, ff_width=704, vocab_size=4096, max_length=512
+    ),
+    data=DataConfig(
+        sources=(SourceConfig(kind="stdlib"),),
+        tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=4096),
+        sequence_length=256,
+        batch_size=16,
+    ),
+    optim=OptimConfig(lr=2e-3, schedule=ScheduleConfig(kind="wsd", warmup_steps=20, decay_steps=60), b2=0.99, weight_decay=0.1),
+    loss=LossConfig(z_loss=1e-4, chunk=128),
+    num_steps=300,
+    save_every=100,
+    log_every=10,
+)

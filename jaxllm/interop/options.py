@@ -1,0 +1,351 @@
+"""Their config.json and our ModelConfig, option by option, both ways.
+
+An `Option` takes some of their keys out of a dict and gives some of our fields, and writes them back.
+What no option took is an error: a key that we do not know may change the mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+from jaxllm.config import ConfigError, LayerKind, ModelConfig, RopeConfig, nearest
+
+type Values = dict[str, Any]
+
+
+@dataclass
+class Reader:
+    """Their config, and which of its keys have been taken. The order of takes does not matter."""
+
+    values: Mapping[str, Any]
+    taken: set[str] = field(default_factory=set)
+
+    def take(self, key: str, *default: Any) -> Any:
+        """`values[key]`, or the default where the key is absent (null is a value).
+
+        Raises:
+          ConfigError: the key is absent and has no default.
+        """
+        self.taken.add(key)
+        if key in self.values:
+            return self.values[key]
+        if not default:
+            raise ConfigError(f"the Hugging Face config has no '{key}'{nearest(key, self.values)}")
+        return default[0]
+
+    def surplus(self) -> list[str]:
+        """Keys with a value that nothing took and that are not neutral."""
+        return [key for key, value in self.values.items() if key not in self.taken | NEUTRAL and value is not None]
+
+
+class Option(NamedTuple):
+    """Some keys of theirs and some fields of ours."""
+
+    read: Callable[[Reader], Values]
+    """Takes its keys; gives our fields."""
+    write: Callable[[ModelConfig], Values]
+    """Their keys for our fields."""
+
+
+NEUTRAL = {
+    "transformers_version", "transformers.js_config", "architectures", "model_type", "auto_map", "dtype", "torch_dtype", "use_cache",
+    "pad_token_id", "bos_token_id", "eos_token_id", "_name_or_path", "name_or_path", "tokenizer_class", "tokenizer_name",
+    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "classifier_dropout", "classifier_bias",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
+    "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "torchscript", "attn_implementation",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "cache_implementation", "hybrid_cache",
+    "task_specific_params", "do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "num_beams",
+    "repetition_penalty", "gradient_checkpointing", "pretraining_tp", "verbose",
+}  # fmt: skip
+"""Keys that say nothing about the decoder's mathematics: token ids, types, files, classification heads, sampling."""
+
+TRAINING_ONLY = ("init", "init_std", "embedding_dropout", "attention_dropout", "residual_dropout")
+"""Our fields that no converted model's output depends on; a family need not have a place for them."""
+
+
+def option(
+    theirs: str, *ours: str, default: tuple[Any, ...] = (), spellings: Mapping[Any, Any] | None = None, kind: type = object
+) -> Option:
+    """One key of theirs for one or more fields of ours, which it sets alike.
+
+    Args:
+      default: empty, or the one value that an absent key means.
+      spellings: their value -> ours; the first of several with one meaning is written.
+      kind: converts a value that is not None (JSON does not keep 10000.0 apart from 10000).
+    """
+
+    def read(reader: Reader) -> Values:
+        value = reader.take(theirs, *default)
+        if spellings is not None:
+            if value not in spellings:
+                allowed = ", ".join(map(repr, spellings))
+                raise ConfigError(f"'{theirs}' is {value!r}; jaxllm covers {allowed}{nearest(str(value), map(str, spellings))}")
+            value = spellings[value]
+        elif value is not None and kind is not object:
+            value = kind(value)
+        return dict.fromkeys(ours, value)
+
+    def write(config: ModelConfig) -> Values:
+        value = getattr(config, ours[0])
+        if spellings is not None:
+            value = next((theirs for theirs, our in spellings.items() if our == value), None)
+        return {theirs: value}
+
+    return Option(read, write)
+
+
+def always(**keys: Any) -> Option:
+    """Keys of which one value is covered, which changes nothing: `always(clip_qkv=None)`. Others are refused; none is written."""
+
+    def read(theirs: Reader) -> Values:
+        for key, only in keys.items():
+            value = theirs.take(key, only)
+            if value != only and value is not None:
+                raise ConfigError(f"'{key}' is {value!r}; jaxllm covers {only!r} only")
+        return {}
+
+    return Option(read, lambda config: {})
+
+
+def ignored(*keys: str) -> Option:
+    """Keys that this family's model does not look at."""
+
+    def read(theirs: Reader) -> Values:
+        theirs.taken.update(keys)
+        return {}
+
+    return Option(read, lambda config: {})
+
+
+def fixed(**ours: Any) -> Option:
+    """Fields of ours that the whole family shares, with no key of theirs."""
+    return Option(lambda theirs: dict(ours), lambda config: {})
+
+
+# ----------------------------------------------------------------------------------------- heads
+
+
+def equal_heads(width: str, heads: str) -> Option:
+    """K = N and H = D / N, with no key of their own."""
+
+    def read(theirs: Reader) -> Values:
+        D, N = theirs.take(width), theirs.take(heads)
+        if D % N:
+            raise ConfigError(f"'{width}' = {D} is not a multiple of '{heads}' = {N}")
+        return {"num_kv_heads": N, "head_size": D // N}
+
+    return Option(read, lambda config: {})
+
+
+def grouped_heads(default_kv_heads: int | None = None, default_head_size: int | None = None) -> Option:
+    """`num_key_value_heads`, by default N, and `head_dim`, by default D / N unless the family has a number."""
+
+    def read(theirs: Reader) -> Values:
+        D, N = theirs.take("hidden_size"), theirs.take("num_attention_heads")
+        kv_heads = theirs.take("num_key_value_heads", default_kv_heads)
+        size = theirs.take("head_dim", default_head_size)
+        return {"num_kv_heads": kv_heads or N, "head_size": size or D // N}
+
+    return Option(read, lambda config: {"num_key_value_heads": config.num_kv_heads, "head_dim": config.head_size})
+
+
+# ------------------------------------------------------------------------------------------ rope
+
+_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+_ROPE_FIELDS = {  # ours -> (theirs, whether it must be given)
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
+        "original_max_length": "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor": "factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow", "attention_factor": "attention_factor",
+        "original_max_length": "original_max_position_embeddings",
+    },
+}  # fmt: skip
+
+
+def read_rope(params: Values, *, max_length: int, head_size: int, partial: bool, scalings: Sequence[str] = tuple(_SCALINGS)) -> RopeConfig:
+    """A `rope_parameters` dict (or a `rope_scaling` one with its base put in) as ours.
+
+    Raises:
+      ConfigError: a scaling or a setting of it that we do not have.
+    """
+    rest = {key: value for key, value in params.items() if value is not None}
+    kind = rest.pop("rope_type", None) or rest.get("type", "default")
+    rest.pop("type", None)
+    if kind not in scalings:
+        raise ConfigError(f"the RoPE scaling is '{kind}'; jaxllm covers {', '.join(scalings)}{nearest(kind, scalings)}")
+    scaling: Any = _SCALINGS[kind]
+    fraction = float(rest.pop("partial_rotary_factor", 1.0))
+    if fraction != 1.0 and not partial:
+        raise ConfigError(f"'partial_rotary_factor' is {fraction}; this family rotates whole heads")
+    rotated = int(head_size * fraction)  # theirs rounds down, ours to the nearest
+    fraction = fraction if round(head_size * fraction) == rotated else rotated / head_size
+    rope = RopeConfig(base=float(rest.pop("rope_theta")), fraction=fraction, scaling=scaling)
+    known = _ROPE_FIELDS.get(scaling, {})
+    given: Values = {ours: rest.pop(theirs) for ours, theirs in known.items() if theirs in rest}
+    if "original_max_length" in known:
+        given["original_max_length"] = int(given.get("original_max_length", max_length))
+    if scaling in ("linear", "llama3") and "factor" not in given:
+        raise ConfigError(f"RoPE scaling '{kind}' has no 'factor'")
+    if scaling == "llama3" and not {"low_freq_factor", "high_freq_factor"} <= given.keys():
+        raise ConfigError("RoPE scaling 'llama3' needs 'low_freq_factor' and 'high_freq_factor'")
+    if scaling == "yarn":
+        given.setdefault("factor", max_length / given["original_max_length"])
+        if rest.get("truncate") is True:
+            rest.pop("truncate")
+    if rest:
+        raise ConfigError(f"RoPE scaling '{kind}' has '{next(iter(rest))}' = {next(iter(rest.values()))!r}, which jaxllm does not cover")
+    return replace(rope, **{name: int(v) if name == "original_max_length" else float(v) for name, v in given.items()})
+
+
+def write_rope(rope: RopeConfig) -> Values | None:
+    """The `rope_scaling` dict of ours; None without scaling."""
+    if rope.scaling not in _ROPE_FIELDS:
+        return None
+    values = {theirs: getattr(rope, ours) for ours, theirs in _ROPE_FIELDS[rope.scaling].items()}
+    return {"rope_type": rope.scaling} | {key: value for key, value in values.items() if value is not None}
+
+
+def rope(
+    *,
+    base_key: str = "rope_theta",
+    base: float = 10_000.0,
+    fraction_key: str | None = None,
+    fraction: float = 1.0,
+    scalings: Sequence[str] = tuple(_SCALINGS),
+) -> Option:
+    """RoPE for all layers: `rope_parameters` (transformers 5), or base and `rope_scaling` as separate keys, which are also written.
+
+    Args:
+      base_key, base: their name of the base beside `rope_scaling`, and its default.
+      fraction_key, fraction: the same for the rotated share of each head; a family without it rotates whole heads.
+      scalings: their names that this family's model knows.
+    """
+
+    def read(theirs: Reader) -> Values:
+        params = _rope_dict(theirs, base_key, base)
+        if fraction_key is not None:
+            params.setdefault("partial_rotary_factor", theirs.take(fraction_key, fraction))
+        size = theirs.values.get("head_dim") or theirs.take("hidden_size") // theirs.take("num_attention_heads")
+        max_length = theirs.take("max_position_embeddings")
+        return {"rope": read_rope(params, max_length=max_length, head_size=size, partial=fraction_key is not None, scalings=scalings)}
+
+    def write(config: ModelConfig) -> Values:
+        out = {base_key: config.rope.base, "rope_scaling": write_rope(config.rope)}
+        return out | ({} if fraction_key is None else {fraction_key: config.rope.fraction})
+
+    return Option(read, write)
+
+
+def _rope_dict(theirs: Reader, base_key: str, base: float) -> Values:
+    """Their RoPE settings as one flat dict with `rope_theta` in it."""
+    modern, scaling, separate = (theirs.take(key, None) for key in ("rope_parameters", "rope_scaling", base_key))
+    params = dict(scaling or modern or {})
+    theta = params.get("rope_theta")
+    if theta is not None and separate is not None and theta != separate:
+        raise ConfigError(f"'{base_key}' is {separate}, and the RoPE parameters have 'rope_theta' = {theta}; remove one")
+    return params | {"rope_theta": next((value for value in (theta, separate) if value is not None), base)}
+
+
+# ---------------------------------------------------------------------------------------- layers
+
+
+def shortest_pattern(kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
+    """The shortest tuple whose repetition begins with `kinds`.
+
+    >>> a, b = LayerKind(), LayerKind(window=4)
+    >>> shortest_pattern([a, b, a, b, a]) == (a, b)
+    True
+    """
+    for period in range(1, len(kinds) + 1):
+        if all(kind == kinds[i % period] for i, kind in enumerate(kinds)):
+            return tuple(kinds[:period])
+    raise AssertionError("kinds is empty")
+
+
+def one_window(default: int | None) -> Option:
+    """Every layer has the window `sliding_window`, or none has."""
+
+    def read(theirs: Reader) -> Values:
+        return {"layer_pattern": (LayerKind(window=theirs.take("sliding_window", default)),)}
+
+    return Option(read, lambda config: {"sliding_window": config.kind(0).window})
+
+
+def layer_kinds(theirs: Reader, default: Callable[[int], bool], sliding: LayerKind) -> tuple[LayerKind, ...]:
+    """The layer pattern out of `layer_types`, or of `default(layer)`: whether it slides."""
+    depth = theirs.take("num_hidden_layers")
+    types = theirs.take("layer_types", None) or ["sliding_attention" if default(i) else "full_attention" for i in range(depth)]
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown or len(types) != depth:
+        raise ConfigError(f"'layer_types' has {len(types)} entries {sorted(set(types))}; jaxllm covers one of full_attention, "
+                          f"sliding_attention for each of {depth} layers")  # fmt: skip
+    return shortest_pattern([sliding if kind == "sliding_attention" else LayerKind() for kind in types])
+
+
+def layer_types(config: ModelConfig) -> list[str]:
+    """The inverse of `layer_kinds`: their name of each layer's kind."""
+    return ["full_attention" if config.kind(i).window is None else "sliding_attention" for i in range(config.num_layers)]
+
+
+def first_window(config: ModelConfig) -> int | None:
+    """The window of the first layer that has one."""
+    return next((kind.window for kind in config.layer_pattern if kind.window is not None), None)
+
+
+# ------------------------------------------------------------------------------------- the whole
+
+
+def read_options(options: Sequence[Option], values: Mapping[str, Any], family: str) -> ModelConfig:
+    """Their config as ours; every key must be taken by an option, be neutral, or be null.
+
+    Raises:
+      ConfigError: names the key that is missing, not covered, or has a value that is not.
+    """
+    theirs = Reader(values)
+    ours: Values = {}
+    for part in options:
+        ours |= part.read(theirs)
+    for key in theirs.surplus():
+        raise ConfigError(f"'{key}' = {values[key]!r} of a Hugging Face {family} config is not covered{nearest(key, theirs.taken - {key})}")
+    return ModelConfig(**ours)
+
+
+def write_options(options: Sequence[Option], config: ModelConfig) -> Values:
+    """Our config as theirs."""
+    out: Values = {}
+    for part in options:
+        out |= part.write(config)
+    return out
+
+
+def canonical(config: ModelConfig) -> ModelConfig:
+    """The same function of the params in one spelling: defaults written out, settings without effect reset."""
+    base = canonical_rope(config.rope, config.head_size)
+    positions = config.position == "rope"
+    kinds = []
+    for layer in range(config.num_layers):
+        kind = config.kind(layer)
+        own = canonical_rope(kind.rope, config.head_size) if kind.rope is not None and positions else None
+        kinds.append(LayerKind(kind.window, None if own == base else own))
+    return replace(
+        config,
+        rope=base if positions else RopeConfig(),
+        layer_pattern=shortest_pattern(kinds),
+        attention_scale=config.head_size**-0.5 if config.attention_scale is None else config.attention_scale,
+        parallel_norms=config.parallel_norms if config.block == "parallel" else 1,
+        memory_width=config.memory_width if config.cross_attention else None,
+    )
+
+
+def canonical_rope(rope: RopeConfig, head_size: int) -> RopeConfig:
+    """`rope` with the settings of other scalings reset; `ntk` as the larger base that it is; factors that follow written out."""
+    if rope.scaling == "ntk":
+        rotated = round(head_size * rope.fraction)
+        return RopeConfig(base=rope.base * rope.factor ** (rotated / (rotated - 2)), fraction=rope.fraction)
+    used = {"base", "fraction", "scaling", *_ROPE_FIELDS.get(rope.scaling, {})}
+    return RopeConfig(**{f.name: getattr(rope, f.name) for f in fields(rope) if f.name in used})

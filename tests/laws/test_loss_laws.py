@@ -1,0 +1,392 @@
+"""Laws that every loss obeys. A new loss joins by adding one row to CASES: a builder and a formula in NumPy float64.
+
+The formula is written with full logits, from the paper, and shares no code with the library. Gradients are held against
+its directional derivatives (central differences in float64), along random directions in all params at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxllm.contract import STUDENT, Batch, Mean, Obs, Unembedding
+from jaxllm.losses import core, sequence, tokens
+from jaxllm.losses.annotate import teacher
+from jaxllm.losses.core import LossTransform, adaptive, as_loss_fn, masked, partition, scale, total
+from jaxllm.losses.vocab import over_vocab
+
+B, T, D, V, K = 4, 7, 6, 11, 3
+STEP = 3
+PLAIN = (1.0, None)
+CAPPED = (0.7, 2.0)
+
+
+# --------------------------------------------------------------------------- a world with everything
+
+
+def make_params(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {"embed": rng.normal(size=(V, D)), "kernel": rng.normal(size=(V, D)), "reward": rng.normal(size=D)}
+
+
+def make_batch(seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    mask = (rng.random((B, T)) < 0.7).astype(np.float32)
+    mask[:, 0] = 1.0
+    mask[1, 2] = 0.5
+    logp = np.log(rng.dirichlet(np.ones(K + 1), size=(B, T)))
+    ids = np.stack([np.stack([rng.permutation(V)[:K] for _ in range(T)]) for _ in range(B)])
+    logp[0, 1, 1] = -np.inf  # an unused entry
+    top = tokens.TopK(ids.astype(np.int32), logp[..., :K].astype(np.float32), (1 - np.exp(logp[..., :K]).sum(-1)).astype(np.float32))
+    return Batch(
+        tokens=rng.integers(0, V, (B, T)).astype(np.int32),
+        labels=rng.integers(0, V, (B, T)).astype(np.int32),
+        loss_mask=mask,
+        segment_ids=np.ones((B, T), np.int32),
+        positions=np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+        source=np.array([0, 1, 0, 1], np.int32),
+        group=np.array([5, 5, 9, 9], np.int32),
+        extras={"rank": np.array([1, 0, 0, 1], np.int32), **top.extras("fused")},
+    )
+
+
+def rows(batch: Batch, which: Any) -> Batch:
+    return jax.tree.map(lambda x: x[which], batch)
+
+
+def apply(head: tuple[float, float | None], pad: int, params: Any, batch: Batch) -> Obs:
+    """A model of one layer; `pad` surplus rows of vocabulary, holding garbage."""
+    embedded = params["embed"][batch.tokens]
+    hidden = jnp.tanh(embedded + 0.1 * batch.positions[..., None])
+    kernel = jnp.pad(params["kernel"], ((0, pad), (0, 0)), constant_values=3.0)
+    return Obs(
+        batch,
+        jnp.zeros((), jnp.int32),
+        {STUDENT: hidden},
+        {STUDENT: Unembedding({"kernel": kernel}, head[0], head[1], V)},
+        {STUDENT: {"stream": jnp.stack([embedded, hidden])}},
+        {"reward": jnp.sum(hidden * batch.loss_mask[..., None], axis=1) @ params["reward"]},
+    )
+
+
+def numpy_world(head: tuple[float, float | None], params: Any, batch: Batch, step: int = STEP) -> SimpleNamespace:
+    """The same in float64, with full logits."""
+    embedded = params["embed"][batch.tokens]
+    hidden = np.tanh(embedded + 0.1 * batch.positions[..., None])
+    logits = hidden @ params["kernel"].T * head[0]
+    if head[1] is not None:
+        logits = head[1] * np.tanh(logits / head[1])
+    reward = (hidden * batch.loss_mask[..., None].astype(np.float64)).sum(1) @ params["reward"]
+    return SimpleNamespace(b=batch, embedded=embedded, hidden=hidden, logits=logits, reward=reward, step=step)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def one_hot(ids: np.ndarray) -> np.ndarray:
+    return np.eye(V)[ids]
+
+
+def mean(values: np.ndarray, mask: np.ndarray) -> float:
+    mask = mask.astype(np.float64)
+    return float((values * mask).sum() / mask.sum()) if mask.sum() else 0.0
+
+
+# ------------------------------------------------------------------------- formulas: (student, teacher) -> per token
+
+
+def n_ce(s: Any, t: Any, smoothing: float = 0.0) -> np.ndarray:
+    target = (1 - smoothing) * one_hot(s.b.labels) + smoothing / V
+    return -(target * log_softmax(s.logits)).sum(-1)
+
+
+def n_z(s: Any, t: Any) -> np.ndarray:
+    return np.log(np.exp(s.logits).sum(-1)) ** 2
+
+
+def n_forward(s: Any, t: Any, temperature: float = 1.0, factor: float = 1.0) -> np.ndarray:
+    p, q = log_softmax(t.logits / temperature), log_softmax(s.logits / temperature)
+    return factor * (np.exp(p) * (p - q)).sum(-1)
+
+
+def n_reverse(s: Any, t: Any, temperature: float) -> np.ndarray:
+    return n_forward(t, s, temperature, temperature**2)
+
+
+def n_top_k(s: Any, t: Any, tail: str) -> np.ndarray:
+    out = np.zeros((s.b.tokens.shape[0], T))
+    log_q = log_softmax(s.logits)
+    for i, j in np.ndindex(out.shape):
+        target = np.zeros(V)
+        for token, logp in zip(s.b.extras["fused/ids"][i, j], s.b.extras["fused/logp"][i, j].astype(np.float64), strict=True):
+            target[token] += np.exp(logp)
+        if tail == "renormalise":
+            target /= target.sum()
+        if tail == "uniform":
+            target[target == 0] = s.b.extras["fused/tail"][i, j] / (target == 0).sum()
+        out[i, j] = -(target * log_q[i, j]).sum()
+    return out
+
+
+def n_cosine(s: Any, t: Any) -> np.ndarray:
+    a, b = s.embedded, t.hidden
+    return 1 - (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def n_ranking(s: Any, t: Any) -> float:
+    groups = []
+    real = s.b.loss_mask.any(1)
+    for group in np.unique(s.b.group):
+        members = [i for i in np.flatnonzero(s.b.group == group) if real[i]]
+        pairs = [(w, l) for w in members for l in members if s.b.extras["rank"][w] < s.b.extras["rank"][l]]
+        if pairs:
+            groups.append(np.mean([np.log1p(np.exp(s.reward[l] - s.reward[w])) for w, l in pairs]))
+    return float(np.mean(groups)) if groups else 0.0
+
+
+# ------------------------------------------------------------------------------------------- the suite
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss: how to build it for a chunk size, and what it is."""
+
+    build: Callable[[int], LossTransform]
+    formula: Callable[[Any, Any], float]
+    """The whole loss of a batch, from the float64 worlds of student and teacher."""
+
+
+def per_token(build: Callable[[], Any], formula: Callable[..., np.ndarray], *args: Any) -> Case:
+    return Case(lambda chunk: over_vocab(chunk, loss=(1.0, build())), lambda s, t: mean(formula(s, t, *args), s.b.loss_mask))
+
+
+def ramp(step: Any) -> Any:
+    return 0.1 * step
+
+
+def two(chunk: int) -> LossTransform:
+    return over_vocab(chunk, ce=(1.0, tokens.next_token()), z=(ramp, tokens.z_loss()), right=(0.0, tokens.accuracy()))
+
+
+def n_two(s: Any, t: Any) -> float:
+    return mean(n_ce(s, t), s.b.loss_mask) + ramp(s.step) * mean(n_z(s, t), s.b.loss_mask)
+
+
+def n_source(s: Any, t: Any, source: int, formula: Callable[..., np.ndarray]) -> float:
+    return mean(formula(s, t), s.b.loss_mask * (s.b.source == source)[:, None])
+
+
+def minitron(chunk: int) -> LossTransform:
+    alpha = lambda means: means["logits"].value / means["states"].value
+    states = sequence.cosine(sequence.states(tap="stream", layer=0), sequence.states("teacher"))
+    return total(logits=over_vocab(chunk, loss=(1.0, tokens.forward_kl("teacher"))), states=adaptive(alpha, states, initial=2.0))
+
+
+CASES = {
+    "next_token": per_token(tokens.next_token, n_ce),
+    "label_smoothing": per_token(lambda: tokens.next_token(0.2), n_ce, 0.2),
+    "z_loss": per_token(tokens.z_loss, n_z),
+    "forward_kl": per_token(lambda: tokens.forward_kl("teacher"), n_forward),
+    "forward_kl_t2": per_token(lambda: tokens.forward_kl("teacher", 2.0), n_forward, 2.0, 4.0),
+    "forward_kl_t2_plain": per_token(lambda: tokens.forward_kl("teacher", 2.0, times_t_squared=False), n_forward, 2.0, 1.0),
+    "reverse_kl": per_token(lambda: tokens.reverse_kl("teacher", 1.5), n_reverse, 1.5),
+    "soft_ce": per_token(lambda: tokens.soft_ce("teacher"), lambda s, t: -(np.exp(log_softmax(t.logits)) * log_softmax(s.logits)).sum(-1)),
+    "top_k_drop": per_token(lambda: tokens.soft_ce("fused", "drop"), n_top_k, "drop"),
+    "top_k_renormalise": per_token(lambda: tokens.soft_ce("fused"), n_top_k, "renormalise"),
+    "top_k_uniform": per_token(lambda: tokens.soft_ce("fused", "uniform"), n_top_k, "uniform"),
+    "optax_ids": per_token(lambda: tokens.from_optax(optax.losses.softmax_cross_entropy_with_integer_labels), n_ce),
+    "optax_one_hot": per_token(lambda: tokens.from_optax(optax.losses.softmax_cross_entropy, one_hot=True), n_ce),
+    "mse": Case(
+        lambda chunk: sequence.mse(sequence.states(tap="stream", layer=0), sequence.states("teacher")),
+        lambda s, t: mean(((s.embedded - t.hidden) ** 2).mean(-1), s.b.loss_mask),
+    ),
+    "cosine": Case(
+        lambda chunk: sequence.cosine(sequence.states(tap="stream", layer=0), sequence.states("teacher")),
+        lambda s, t: mean(n_cosine(s, t), s.b.loss_mask),
+    ),
+    "pairwise_ranking": Case(lambda chunk: sequence.pairwise_ranking(), n_ranking),
+    "pretrain": Case(two, n_two),
+    "total_scale": Case(
+        lambda chunk: total(text=scale(ramp, two(chunk)), rank=scale(2.0, sequence.pairwise_ranking())),
+        lambda s, t: ramp(s.step) * n_two(s, t) + 2.0 * n_ranking(s, t),
+    ),
+    "masked": Case(
+        lambda chunk: masked(two(chunk), lambda batch: batch.positions % 2 == 0),
+        lambda s, t: mean(n_ce(s, t), s.b.loss_mask * (s.b.positions % 2 == 0)) + 0.1 * STEP * mean(n_z(s, t), s.b.loss_mask * (s.b.positions % 2 == 0)),
+    ),
+    "partition": Case(
+        lambda chunk: partition(
+            "source", ptx=over_vocab(chunk, ce=(1.0, tokens.next_token())), kl=scale(27.8, over_vocab(chunk, kl=(1.0, tokens.forward_kl("teacher"))))
+        ),
+        lambda s, t: n_source(s, t, 0, n_ce) + 27.8 * n_source(s, t, 1, n_forward),
+    ),
+    "minitron_adaptive": Case(
+        minitron, lambda s, t: mean(n_forward(s, t), s.b.loss_mask) + 2.0 * mean(n_cosine(s, t), s.b.loss_mask)
+    ),
+}  # fmt: skip
+VOCAB = [name for name in CASES if name not in ("mse", "cosine", "pairwise_ranking")]
+
+PARAMS, TEACHER, BATCH = make_params(1), make_params(2), make_batch()
+PARAMS32, TEACHER32 = (jax.tree.map(lambda x: x.astype(np.float32), p) for p in (PARAMS, TEACHER))
+
+
+@pytest.fixture(scope="module")
+def program() -> Callable[..., Any]:
+    """(case, chunk, head, pad) -> jitted (params, frozen, batch, state, weights) -> ((scalar, (means, state)), gradients). Compiled once."""
+    made: dict[Any, Any] = {}
+
+    def get(name: str, chunk: int = 3, head: tuple[float, float | None] = PLAIN, pad: int = 0) -> Any:
+        key = (name, chunk, head, pad)
+        if key not in made:
+            made[key] = jax.jit(gradient_of(CASES[name].build(chunk), head, pad))
+        return made[key]
+
+    return get
+
+
+def gradient_of(loss: LossTransform, head: tuple[float, float | None] = PLAIN, pad: int = 0) -> Callable[..., Any]:
+    """Value and gradient as a micro-batch of a step would take them: weights come from outside."""
+    look = lambda params, batch: apply(head, pad, params, batch).replace(step=jnp.int32(STEP))
+
+    def f(params: Any, frozen: Any, batch: Batch, state: Any, weights: Any) -> Any:
+        obs = teacher(look, "teacher")(frozen, look(params, batch), None)
+        scalar, means = loss.update(obs, state, weights)
+        return scalar, (means, loss.finish(state, means))
+
+    return jax.value_and_grad(f, argnums=(0, 1), has_aux=True)
+
+
+def run(name: str, program: Any, batch: Batch = BATCH, weights: Any = None, **variant: Any) -> Any:
+    loss = CASES[name].build(3)
+    frozen = {"teacher": TEACHER32}
+    weights = loss.weigh(batch) if weights is None else weights
+    (scalar, (means, state)), (gradient, to_teacher) = program(name, **variant)(PARAMS32, frozen, batch, loss.init(PARAMS32), weights)
+    return SimpleNamespace(scalar=scalar, means=means, state=state, gradient=gradient, to_teacher=to_teacher)
+
+
+def assert_same(a: Any, b: Any, tolerance: float = 2e-6) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=20 * tolerance, atol=tolerance), a, b)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chunked_equals_dense(name: str, program: Any) -> None:
+    """Value, and gradient in every direction, for every chunk size, with a soft-capped and scaled head too."""
+    rng = np.random.default_rng(0)
+    for variant in ({"chunk": 3}, {"chunk": 1, "head": CAPPED}, {"chunk": 100, "head": CAPPED}):
+        head = variant.get("head", PLAIN)
+        got = run(name, program, **variant)
+        dense = lambda params, head=head: CASES[name].formula(numpy_world(head, params, BATCH), numpy_world(head, TEACHER, BATCH))
+        np.testing.assert_allclose(got.scalar, dense(PARAMS), rtol=5e-6, atol=5e-7)
+        for _ in range(3):
+            direction = jax.tree.map(lambda x: rng.normal(size=x.shape), PARAMS)
+            moved = lambda step, direction=direction: jax.tree.map(lambda x, d: x + step * d, PARAMS, direction)
+            slope = (dense(moved(1e-5)) - dense(moved(-1e-5))) / 2e-5
+            ours = sum(jax.tree.leaves(jax.tree.map(lambda g, d: np.sum(g * d), got.gradient, direction)))
+            np.testing.assert_allclose(ours, slope, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", VOCAB)
+def test_padded_vocabulary_changes_nothing(name: str, program: Any) -> None:
+    plain, padded = run(name, program), run(name, program, pad=5)
+    assert_same((plain.scalar, plain.gradient, plain.means), (padded.scalar, padded.gradient, padded.means))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padded_rows_change_nothing(name: str, program: Any) -> None:
+    """Two rows without loss_mask, whatever else they hold, against the batch without them."""
+    padded = BATCH.replace(loss_mask=BATCH.loss_mask * np.array([[1.0], [1.0], [0.0], [0.0]], np.float32))
+    with_rows, without = run(name, program, padded), run(name, program, rows(BATCH, slice(0, 2)))
+    assert_same((with_rows.scalar, with_rows.gradient, with_rows.means), (without.scalar, without.gradient, without.means))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_micro_batches_add_up(name: str, program: Any) -> None:
+    """Scalars, gradients, Means and the state after the step: two halves (groups whole) under the whole's weights equal the whole."""
+    loss = CASES[name].build(3)
+    parts = [run(name, program, rows(BATCH, part), loss.weigh(BATCH)) for part in (slice(0, 2), slice(2, 4))]
+    whole = run(name, program)
+    add = lambda a, b: jax.tree.map(np.add, a, b)
+    assert_same(add(parts[0].scalar, parts[1].scalar), whole.scalar)
+    assert_same(add(parts[0].gradient, parts[1].gradient), whole.gradient)
+    means = {key: parts[0].means[key] + parts[1].means[key] for key in whole.means}
+    assert_same(means, whole.means)
+    assert_same(loss.finish(loss.init(PARAMS32), means), whole.state)
+    apart = add(loss.weigh(rows(BATCH, slice(0, 2))), loss.weigh(rows(BATCH, slice(2, 4))))
+    assert_same(apart, loss.weigh(BATCH))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_empty_mask_is_exactly_zero(name: str, program: Any) -> None:
+    empty = run(name, program, BATCH.replace(loss_mask=np.zeros((B, T), np.float32)))
+    assert empty.scalar == 0.0
+    assert all(np.all(np.asarray(g) == 0.0) for g in jax.tree.leaves(empty.gradient))
+    assert all(m.value == 0.0 for m in empty.means.values())
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(empty.state))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_teacher_float32_and_no_recompile(name: str, program: Any) -> None:
+    """No gradient reaches a teacher, everything reported is float32, and a second batch of that shape compiles nothing."""
+    first = run(name, program)
+    compiled = program(name)._cache_size()
+    second = run(name, program, make_batch(1))
+    assert program(name)._cache_size() == compiled
+    assert first.scalar != second.scalar
+    assert all(np.all(np.asarray(g) == 0.0) for g in jax.tree.leaves(first.to_teacher))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((first.scalar, first.means, first.state)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_and_means_have_the_same_names(name: str, program: Any) -> None:
+    """Each leaf reports a Mean under the name of its weight, and with that weight."""
+    weights, means = CASES[name].build(3).weigh(BATCH), run(name, program).means
+    assert set(weights) <= set(means)
+    for key, weight in weights.items():
+        np.testing.assert_allclose(means[key].weight, weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "pairwise_ranking", "minitron_adaptive"])
+def test_partition_of_everything_is_the_plain_loss(name: str, program: Any) -> None:
+    loss = CASES[name].build(3)
+    around = partition("source", all=((0, 1), loss), nobody=(7, loss))
+    call = jax.jit(gradient_of(around))
+    (scalar, (means, state)), (gradient, _) = call(PARAMS32, {"teacher": TEACHER32}, BATCH, around.init(PARAMS32), around.weigh(BATCH))
+    plain = run(name, program)
+    assert_same((scalar, gradient, state["all"]), (plain.scalar, plain.gradient, plain.state))
+    for key, value in plain.means.items():
+        assert_same(means["all" if key == core.LEAF else f"all/{key}"], value)
+        assert means["nobody" if key == core.LEAF else f"nobody/{key}"] == Mean(0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "forward_kl"])
+def test_two_branches_are_two_means(name: str, program: Any) -> None:
+    """A partition into two branches equals the sum of the losses of the two halves, each divided by its own weight."""
+    loss = CASES[name].build(3)
+    halves = partition("source", a=loss, b=loss)
+    call = jax.jit(gradient_of(halves))
+    (scalar, _), (gradient, _) = call(PARAMS32, {"teacher": TEACHER32}, BATCH, halves.init(PARAMS32), halves.weigh(BATCH))
+    apart = [run(name, program, rows(BATCH, BATCH.source == source)) for source in (0, 1)]
+    assert_same(scalar, apart[0].scalar + apart[1].scalar)
+    assert_same(gradient, jax.tree.map(np.add, apart[0].gradient, apart[1].gradient))
+
+
+def test_as_loss_fn_is_the_same_loss(program: Any) -> None:
+    """What a user with a loop of their own gets equals what the step gets."""
+    look = lambda params, batch: apply(PLAIN, 0, params, batch)
+    for name in ("pretrain", "minitron_adaptive"):
+        loss = CASES[name].build(3)
+        f = as_loss_fn(look, loss, [teacher(look, "teacher")])
+        call = jax.jit(jax.value_and_grad(f, has_aux=True))
+        (scalar, (means, state)), gradient = call(PARAMS32, {"teacher": TEACHER32}, BATCH, loss.init(PARAMS32), step=STEP)
+        inside = run(name, program)
+        assert_same((scalar, means, state, gradient), (inside.scalar, inside.means, inside.state, inside.gradient))
