@@ -120,7 +120,7 @@ def held_out(lm: LM, config: TrainConfig) -> Callable[..., dict[str, Any]]:
 
     def evaluate(params: Params, dataset: Dataset, mesh: Mesh, max_batches: int = 0) -> dict[str, Any]:
         size = config.data.batch_size // config.optim.num_microbatches
-        rows = dataset.held_out(size, sharding.host_rows(mesh, size))
+        rows = dataset.held_out(size, partial(sharding.host_rows, mesh))
         batches = (to_global(batch, mesh, size) for batch in islice(rows, max_batches or None))
         limit = max_batches * size or math.inf
         num_bytes = sum(window.num_bytes for window in dataset.held_out_windows if window.row < limit)
@@ -141,24 +141,13 @@ def samples(lm: LM, prompts: Sequence[str], params: Params, dataset: Dataset, me
 def baselines(dataset: Dataset, evaluation: dict[str, Any]) -> dict[str, Any]:
     """What simpler predictors make of the same held-out bytes: {"baselines": [{"name", "bits_per_byte", "note"}]}."""
     del evaluation
-    texts = list(dataset.held_out_texts())
-    held = "".join(texts).encode()
+    held = "".join(dataset.held_out_texts()).encode()
     train = "".join(islice(dataset.train_texts(), 20_000)).encode()
-    rows = [("byte unigram", perplexity.byte_unigram_bits(train, held), "byte frequencies of the training text")]
-    rows.append(("lzma, per window", perplexity.lzma_window_bits(windows(dataset, texts)), "the same bytes visible as to the model"))
-    rows.append(("lzma, whole text", perplexity.lzma_whole_bits(held), "sees all the held-out text at once: the next goal"))
+    windows = [(b"", dataset.window_bytes(window)) for window in dataset.held_out_windows]
+    rows = (
+        ("byte unigram", perplexity.byte_unigram_bits(train, held), "byte frequencies of the training text"),
+        ("lzma, per window", perplexity.lzma_window_bits(windows), "the same bytes visible as to the model"),
+        ("lzma, whole text", perplexity.lzma_whole_bits(held), "sees all of the held-out text at once: the next goal"),
+    )
     return {"baselines": [{"name": name, "bits_per_byte": bits, "note": note} for name, bits, note in rows]}
 
-
-def windows(dataset: Dataset, texts: Sequence[str]) -> list[tuple[bytes, bytes]]:
-    """(context, predicted bytes) of every held-out window: exactly what the model sees and is scored on."""
-    tokenizer, out = dataset.tokenizer, []
-    pieces: dict[int, list[bytes]] = {}
-    for window in dataset.held_out_windows:
-        if window.document not in pieces:
-            ids = tokenizer.encode(texts[window.document])
-            ids = ([tokenizer.bos_id] if tokenizer.bos_id is not None else []) + ids
-            pieces = {window.document: [tokenizer.token_bytes(i) for i in ids]}
-        part = pieces[window.document]
-        out.append((b"".join(part[window.first - 1 : window.first]), b"".join(part[window.first : window.last])))
-    return out

@@ -221,7 +221,8 @@ def test_any_flipped_bit_is_found(two: Path, data: st.DataObject) -> None:
         problems = verify(two)
     finally:
         path.write_bytes(content)
-    assert any(path.name in problem and "00000002" in problem for problem in problems)
+    assert problems and all("00000002: " in problem for problem in problems)
+    assert "manifest" in path.name or any(path.name in problem for problem in problems), "names the damaged file"
     assert verify(two) == []
 
 

@@ -127,7 +127,9 @@ def test_the_standard_library_is_text_in_a_fixed_order():
     assert not [key for key in keys if key.startswith(("test/", "site-packages", "encodings/cp1"))]
     assert source.describe()["python"] == ".".join(map(str, sys.version_info[:3]))
     code = "from jaxllm.data.stdlib import Stdlib; print(Stdlib().fingerprint)"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": "7"}
+    )
     assert other.stdout.strip() == source.fingerprint
 
 
@@ -140,7 +142,7 @@ def test_a_module_and_its_compiled_twin_are_held_out_together():
 # ------------------------------------------------------------------------------- TensorFlow Datasets
 
 
-BUILDER = '''
+BUILDER = """
 import tensorflow_datasets as tfds
 
 class TinyText(tfds.core.GeneratorBasedBuilder):
@@ -152,7 +154,7 @@ class TinyText(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, num):
         for i in range(num):
             yield i, {"text": f"document {i} é", "label": str(i)}
-'''
+"""
 
 
 @pytest.fixture(scope="module")

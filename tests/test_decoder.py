@@ -418,7 +418,9 @@ def test_alibi_slopes(num_heads: int):
 
 CACHED: dict[str, ModelConfig] = {
     "gqa, rope, rings and dense": replace(BASE, qk_norm="head", attention_soft_cap=1.0, layer_pattern=(LayerKind(window=3), LayerKind())),
-    "mqa, alibi, a ring": replace(BASE, num_kv_heads=1, num_layers=2, position="alibi", block="parallel", layer_pattern=(LayerKind(window=5),)),
+    "mqa, alibi, a ring": replace(
+        BASE, num_kv_heads=1, num_layers=2, position="alibi", block="parallel", layer_pattern=(LayerKind(window=5),)
+    ),
     "mha, learned, memory": replace(BASE, **GPT, num_layers=2, cross_attention=True, attention_scale=0.3),
     "prefix-LM, prefix states": replace(BASE, mask="prefix", num_layers=2),
 }  # fmt: skip
@@ -509,7 +511,7 @@ def test_taps_are_in_the_order_of_the_layers():
 
 
 def test_an_unknown_tap_is_refused():
-    with pytest.raises(ConfigError, match="no tap 'block_outptu'.*did you mean 'block_output'"):
+    with pytest.raises(ConfigError, match=r"no tap 'block_outptu'.*did you mean 'block_output'"):
         decoder(BASE).apply(random_params(BASE), np.zeros((1, 2), np.int32), taps=("block_outptu",))
 
 
@@ -625,7 +627,7 @@ def test_leaves_beside_a_kernel_reach_dot_and_reparam_layer_by_layer():
 
 # ------------------------------------------------------------------------------ remat, unroll, dropout
 
-DROPPING = replace(BASE, num_layers=2, num_kv_heads=1, width=8, residual_dropout=0.4, embedding_dropout=0.4, attention_dropout=0.4)
+DROPPING = replace(BASE, num_layers=2, num_kv_heads=1, width=8, position="none", residual_dropout=0.4)
 
 
 @cache
@@ -641,7 +643,7 @@ def value_and_gradient(remat: Any = "none", unroll: int = 1) -> tuple[np.ndarray
     return np.asarray(hidden), gradient
 
 
-@pytest.mark.parametrize("remat, unroll", [("full", 1), ("dots", 1), ("minimal", 1), ("none", 2)])
+@pytest.mark.parametrize("remat, unroll", [("full", 1), ("minimal", 1), ("dots", 2)])
 def test_remat_and_unroll_change_nothing(remat: str, unroll: int):
     """Under dropout too: what is recomputed draws the same mask."""
     (hidden, gradient), (want, expected) = value_and_gradient(remat, unroll), value_and_gradient()
@@ -663,7 +665,7 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
 @cache
 def dropped(sizes: tuple[int, int] | None) -> Any:
     """The same rows and key on a mesh data × model, or without one."""
-    c = replace(DROPPING, num_kv_heads=4)
+    c = replace(DROPPING, num_kv_heads=4, embedding_dropout=0.4, attention_dropout=0.4)
     lm, params = decoder(c), random_params(c)
     tokens = np.random.default_rng(8).integers(0, 19, (8, 4)).astype(np.int32)
     run = quick_jit(lambda params, tokens, key: lm.apply(params, tokens, key=key, taps=("attention_output", "mlp_output", "block_input")))
@@ -705,5 +707,5 @@ def test_dropout_needs_a_key():
 
 def test_a_row_longer_than_the_learned_positions_is_refused():
     c = replace(BASE, position="learned", max_length=4)
-    with pytest.raises(ConfigError, match="5 tokens.*learned positions for 4"):
+    with pytest.raises(ConfigError, match=r"5 tokens.*learned positions for 4"):
         decoder(c).apply(random_params(c), np.zeros((1, 5), np.int32))

@@ -106,7 +106,9 @@ def tiny_hugging_face(tmp_path):
     folder = tmp_path / "hf"
     folder.mkdir()
     model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}, "chat_template": "{{ messages }}"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<|endoftext|>"}, "chat_template": "{{ messages }}"})
+    )
     return folder
 
 

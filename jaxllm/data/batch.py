@@ -124,6 +124,10 @@ class Dataset:
         """The held-out documents."""
         return self._held.texts()
 
+    def train_texts(self) -> Iterator[str]:
+        """The training documents, mixed from all parts of each source."""
+        return sample(self._sources, self.config.held_out_fraction if not self.config.held_out else 0.0)
+
     @property
     def held_out_windows(self) -> list[Window]:
         """What each evaluation row predicts: nats of all rows / ln 2 / bytes of all windows = bits per byte."""

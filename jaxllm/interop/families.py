@@ -7,7 +7,7 @@ config does not have (a bias, an untied head) do not apply.
 Nothing here reads a file or casts a number: tensors in, tensors out, bit for bit. Letters as in
 `jaxllm/models/transformer.py`.
 
-Source: the modelling code and config classes of transformers 4.57 and 5.23, one folder per `model_type`.
+Source: the modelling code and config classes of transformers 5.23 (which also reads version 4's keys), a folder per `model_type`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxllm.config import ConfigError, LayerKind, ModelConfig, diff, nearest, to_dict
+from jaxllm.config import ConfigError, ModelConfig, RopeConfig, diff, nearest, to_dict
 from jaxllm.contract import Params
 from jaxllm.interop import options
 from jaxllm.interop.layout import (
@@ -35,7 +35,22 @@ from jaxllm.interop.layout import (
     read_rows,
     write_rows,
 )  # fmt: skip
-from jaxllm.interop.options import Option, Reader, Values, always, equal_heads, fixed, grouped_heads, ignored, one_window, option, rope
+from jaxllm.interop.options import (
+    Option,
+    Reader,
+    Values,
+    always,
+    equal_heads,
+    fixed,
+    flag,
+    grouped_heads,
+    ignored,
+    number,
+    one_window,
+    option,
+    rope,
+    typed_layers,
+)
 
 
 class Family(NamedTuple):
@@ -55,11 +70,10 @@ class Family(NamedTuple):
 GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh", "gelu": "geglu", "swish": "swiglu"}
 PLAIN = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 GPT_PLAIN = {"gelu_new": "gelu_tanh"} | PLAIN
-BOOL = {False: False, True: True}
 
 _COMMON = (
     option("vocab_size", "vocab_size"),
-    option("initializer_range", "init_std", default=(0.02,), kind=float),
+    number("initializer_range", "init_std", default=0.02),
     always(is_encoder_decoder=False, add_cross_attention=False, cross_attention_hidden_size=None, tie_encoder_decoder=False),
     always(pruned_heads={}), ignored("is_decoder"),
 )  # fmt: skip
@@ -70,15 +84,15 @@ _SIZES = (
     option("num_attention_heads", "num_heads"),
     option("intermediate_size", "ff_width"),
     option("max_position_embeddings", "max_length"),
-    option("attention_dropout", "attention_dropout", default=(0.0,), kind=float),
+    number("attention_dropout", "attention_dropout", default=0.0),
 )
 _LLAMA = (
     *_SIZES,
-    option("rms_norm_eps", "norm_eps", default=(1e-6,), kind=float),
+    number("rms_norm_eps", "norm_eps", default=1e-6),
     option("hidden_act", "activation", default=("silu",), spellings=GATED),
-    option("tie_word_embeddings", "tied_embeddings", default=(False,), spellings=BOOL),
+    flag("tie_word_embeddings", "tied_embeddings", default=False),
 )
-ATTENTION_BIAS = option("attention_bias", "qkv_bias", "attention_out_bias", default=(False,), spellings=BOOL)
+ATTENTION_BIAS = flag("attention_bias", "qkv_bias", "attention_out_bias", default=False)
 
 
 def _tensors(prefix: str, rows: Sequence[tuple[str, str, Layout]]) -> tuple[Row, ...]:
@@ -134,11 +148,11 @@ _GPT = (
     fixed(norm="layer", norm_bias=True, position="learned", qkv_bias=True, attention_out_bias=True, mlp_bias=True),
     option("n_layer", "num_layers"), option("n_embd", "width"), option("n_head", "num_heads"), option("n_positions", "max_length"),
     equal_heads("n_embd", "n_head"),
-    option("layer_norm_epsilon", "norm_eps", default=(1e-5,), kind=float),
-    option("embd_pdrop", "embedding_dropout", default=(0.1,), kind=float),
-    option("attn_pdrop", "attention_dropout", default=(0.1,), kind=float),
-    option("resid_pdrop", "residual_dropout", default=(0.1,), kind=float),
-    option("tie_word_embeddings", "tied_embeddings", default=(True,), spellings=BOOL),
+    number("layer_norm_epsilon", "norm_eps", default=1e-5),
+    number("embd_pdrop", "embedding_dropout", default=0.1),
+    number("attn_pdrop", "attention_dropout", default=0.1),
+    number("resid_pdrop", "residual_dropout", default=0.1),
+    flag("tie_word_embeddings", "tied_embeddings", default=True),
     ignored("n_ctx"),
 )  # fmt: skip
 
@@ -202,12 +216,12 @@ GPT_NEOX = Family(
         *_SIZES,
         fixed(norm="layer", norm_bias=True, parallel_norms=2, mlp_bias=True),
         equal_heads("hidden_size", "num_attention_heads"),
-        option("layer_norm_eps", "norm_eps", default=(1e-5,), kind=float),
+        number("layer_norm_eps", "norm_eps", default=1e-5),
         option("hidden_act", "activation", default=("gelu",), spellings=PLAIN),
-        option("hidden_dropout", "embedding_dropout", "residual_dropout", default=(0.0,), kind=float),
+        number("hidden_dropout", "embedding_dropout", "residual_dropout", default=0.0),
         option("use_parallel_residual", "block", default=(True,), spellings={True: "parallel", False: "serial"}),
-        option("attention_bias", "qkv_bias", "attention_out_bias", default=(True,), spellings=BOOL),
-        option("tie_word_embeddings", "tied_embeddings", default=(False,), spellings=BOOL),
+        flag("attention_bias", "qkv_bias", "attention_out_bias", default=True),
+        flag("tie_word_embeddings", "tied_embeddings", default=False),
         rope(base_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25),
     ),
     (
@@ -252,12 +266,12 @@ MPT = Family(
         equal_heads("d_model", "n_heads"),
         # theirs computes 4 D whatever expansion_ratio says
         Option(lambda theirs: {"ff_width": 4 * theirs.take("d_model")}, lambda config: {}), always(expansion_ratio=4),
-        option("layer_norm_epsilon", "norm_eps", default=(1e-5,), kind=float),
-        option("emb_pdrop", "embedding_dropout", default=(0.0,), kind=float),
-        option("resid_pdrop", "residual_dropout", default=(0.0,), kind=float),
-        option("tie_word_embeddings", "tied_embeddings", default=(True,), spellings=BOOL),
+        number("layer_norm_epsilon", "norm_eps", default=1e-5),
+        number("emb_pdrop", "embedding_dropout", default=0.0),
+        number("resid_pdrop", "residual_dropout", default=0.0),
+        flag("tie_word_embeddings", "tied_embeddings", default=True),
         Option(_read_mpt_attention, lambda config: {"attn_config": {
-            "alibi": True, "softmax_scale": config.attention_scale, "attn_pdrop": config.attention_dropout,
+            "alibi": True, "softmax_scale": config.attention_scale,
         }}),
         option("norm_type", "norm_bias", default=("low_precision_layernorm",), spellings={
             "low_precision_layernorm": False, "layernorm": False,  # no_bias, below
@@ -281,7 +295,7 @@ MPT = Family(
 
 LLAMA = Family(
     "llama", "LlamaForCausalLM", "model.",
-    (*_LLAMA, grouped_heads(), rope(), ATTENTION_BIAS, option("mlp_bias", "mlp_bias", default=(False,), spellings=BOOL),
+    (*_LLAMA, grouped_heads(), rope(), ATTENTION_BIAS, flag("mlp_bias", "mlp_bias", default=False),
      always(rope_interleaved=False), ignored("is_llama_config")),
     _LLAMA_ROWS,
 )  # fmt: skip
@@ -291,19 +305,7 @@ MISTRAL = Family(
 )  # fmt: skip
 
 
-def _read_qwen_layers(theirs: Reader) -> Values:
-    window = theirs.take("sliding_window", 4096)
-    window = window if theirs.take("use_sliding_window", False) else None
-    first = theirs.take("max_window_layers", 28)
-    return {"layer_pattern": options.layer_kinds(theirs, lambda i: window is not None and i >= first, LayerKind(window))}
-
-
-def _write_qwen_layers(config: ModelConfig) -> Values:
-    window = options.first_window(config)
-    return {"sliding_window": window, "use_sliding_window": window is not None, "layer_types": options.layer_types(config)}
-
-
-_QWEN_LAYERS = Option(_read_qwen_layers, _write_qwen_layers)
+_QWEN_LAYERS = typed_layers(lambda theirs, i: i >= theirs.take("max_window_layers", 28), switch="use_sliding_window")
 
 QWEN2 = Family(
     "qwen2", "Qwen2ForCausalLM", "model.",
@@ -320,7 +322,7 @@ OLMO2 = Family(
     "olmo2", "Olmo2ForCausalLM", "model.",
     (
         *_LLAMA, fixed(norm_placement="after", qk_norm="full"), grouped_heads(), rope(), ATTENTION_BIAS,
-        option("rms_norm_eps", "norm_eps", default=(1e-5,), kind=float), always(clip_qkv=None),
+        number("rms_norm_eps", "norm_eps", default=1e-5), always(clip_qkv=None),
     ),
     (*_tensors("model.", (*_PROJECTIONS, *_NORM_AFTER, *_QK_NORM)), _HEAD),
 )  # fmt: skip
@@ -329,9 +331,9 @@ PHI3 = Family(
     "phi3", "Phi3ForCausalLM", "model.",
     (
         *_LLAMA, grouped_heads(), one_window(None), always(attention_bias=False),
-        option("rms_norm_eps", "norm_eps", default=(1e-5,), kind=float),
-        option("embd_pdrop", "embedding_dropout", default=(0.0,), kind=float),
-        option("resid_pdrop", "residual_dropout", default=(0.0,), kind=float),
+        number("rms_norm_eps", "norm_eps", default=1e-5),
+        number("embd_pdrop", "embedding_dropout", default=0.0),
+        number("resid_pdrop", "residual_dropout", default=0.0),
         rope(fraction_key="partial_rotary_factor", scalings=("default",)),  # the others are LongRoPE
         ignored("original_max_position_embeddings"),
     ),
@@ -358,9 +360,9 @@ _GEMMA = (
     *_SIZES,
     fixed(norm_placement="both", norm_plus_one=True),
     grouped_heads(4, 256), ATTENTION_BIAS,
-    option("rms_norm_eps", "norm_eps", default=(1e-6,), kind=float),
+    number("rms_norm_eps", "norm_eps", default=1e-6),
     option("hidden_activation", "activation", default=("gelu_pytorch_tanh",), spellings=GATED), ignored("hidden_act"),
-    option("tie_word_embeddings", "tied_embeddings", default=(True,), spellings=BOOL),
+    flag("tie_word_embeddings", "tied_embeddings", default=True),
     Option(lambda theirs: {"embedding_scale": theirs.take("hidden_size") ** 0.5}, lambda config: {}),
     Option(
         lambda theirs: {"attention_scale": theirs.take("query_pre_attn_scalar", 256) ** -0.5},
@@ -370,52 +372,41 @@ _GEMMA = (
 )  # fmt: skip
 
 
-def _read_gemma2_layers(theirs: Reader) -> Values:
-    window = theirs.take("sliding_window", 4096)
-    return {"layer_pattern": options.layer_kinds(theirs, lambda i: i % 2 == 0, LayerKind(window))}
-
-
-def _write_windows(config: ModelConfig) -> Values:
-    return {"sliding_window": options.first_window(config), "layer_types": options.layer_types(config)}
-
-
 GEMMA2 = Family(
     "gemma2", "Gemma2ForCausalLM", "model.",
     (
-        *_GEMMA, rope(), Option(_read_gemma2_layers, _write_windows), ignored("cache_implementation"),
-        option("attn_logit_softcapping", "attention_soft_cap", default=(50.0,), kind=float),
-        option("final_logit_softcapping", "logit_soft_cap", default=(30.0,), kind=float),
+        *_GEMMA, rope(), typed_layers(lambda theirs, i: i % 2 == 0), ignored("cache_implementation"),
+        number("attn_logit_softcapping", "attention_soft_cap", default=50.0),
+        number("final_logit_softcapping", "logit_soft_cap", default=30.0),
     ),
     (*_tensors("model.", (*_PROJECTIONS, *_NORM_BOTH)), _HEAD),
 )  # fmt: skip
 
 
-def _read_gemma3_layers(theirs: Reader) -> Values:
-    """Windows, and the RoPE of each of the two kinds of layers: nested (transformers 5) or as separate keys."""
-    size, length = theirs.take("head_dim", 256), theirs.take("max_position_embeddings")
-    nested = theirs.take("rope_parameters", None) or {}
-    full = dict(theirs.take("rope_scaling", None) or {}) | dict(nested.get("full_attention") or {})
-    local = dict(nested.get("sliding_attention") or {})
-    full.setdefault("rope_theta", theirs.take("rope_theta", 1_000_000.0))
-    local.setdefault("rope_theta", theirs.take("rope_local_base_freq", 10_000.0))
-    base, own = (options.read_rope(params, max_length=length, head_size=size, partial=False) for params in (full, local))
-    period = theirs.take("sliding_window_pattern", theirs.take("_sliding_window_pattern", 6))
-    sliding = LayerKind(theirs.take("sliding_window", 4096), own)
-    return {"rope": base, "layer_pattern": options.layer_kinds(theirs, lambda i: (i + 1) % period > 0, sliding)}
+def _gemma3_rope(theirs: Reader, kind: str, base_key: str, base: float) -> RopeConfig:
+    """RoPE of one kind of layers: nested under its name (transformers 5), or beside `base_key`; only full layers are stretched."""
+    params = dict((theirs.take("rope_parameters", None) or {}).get(kind) or {})
+    separate = theirs.take("rope_scaling", None) if kind == "full_attention" else None
+    params = {"rope_theta": theirs.take(base_key, base)} | params | (separate or {})
+    return options.read_rope(params, max_length=theirs.take("max_position_embeddings"), head_size=theirs.take("head_dim", 256))
 
 
-def _write_gemma3_layers(config: ModelConfig) -> Values:
+def _write_gemma3_rope(config: ModelConfig) -> Values:
     own = next((kind.rope for kind in config.layer_pattern if kind.window is not None), None) or config.rope
-    return _write_windows(config) | {
-        "rope_theta": config.rope.base, "rope_scaling": options.write_rope(config.rope), "rope_local_base_freq": own.base,
-    }  # fmt: skip
+    scaling = options.write_rope(config.rope)
+    return {"rope_theta": config.rope.base, "rope_scaling": scaling, "rope_local_base_freq": own.base}
 
 
 GEMMA3 = Family(
     "gemma3_text", "Gemma3ForCausalLM", "model.",
     (
-        *_GEMMA, fixed(qk_norm="head"), Option(_read_gemma3_layers, _write_gemma3_layers),
-        option("final_logit_softcapping", "logit_soft_cap", default=(None,), kind=float),
+        *_GEMMA, fixed(qk_norm="head"), ignored("_sliding_window_pattern"),
+        Option(lambda theirs: {"rope": _gemma3_rope(theirs, "full_attention", "rope_theta", 1_000_000.0)}, _write_gemma3_rope),
+        typed_layers(
+            lambda theirs, i: (i + 1) % theirs.take("sliding_window_pattern", 6) > 0,
+            lambda theirs: _gemma3_rope(theirs, "sliding_attention", "rope_local_base_freq", 10_000.0),
+        ),
+        number("final_logit_softcapping", "logit_soft_cap", default=None),
         always(attn_logit_softcapping=None),  # a key that their model does not look at
     ),
     (*_tensors("model.", (*_PROJECTIONS, *_NORM_BOTH, *_QK_NORM)), _HEAD),
@@ -480,8 +471,9 @@ def params_from_hf(model_type: str, config: ModelConfig, tensors: Mapping[str, n
     Masks and rotary frequencies of older checkpoints are left out, and so is a second copy of a tied head.
 
     Raises:
-      ConfigError: missing and surplus tensors with the nearest names, shapes that differ, a "tied" head that differs.
+      ConfigError: a config that the family cannot express, missing and surplus tensors with the nearest names, shapes that differ, a "tied" head that differs.
     """
+    config_to_hf(model_type, config)  # or a leaf that the family does not have would get a name that nobody reads
     chosen = family(model_type)
     return read_rows(chosen.rows, config, tensors, chosen.prefix)
 
@@ -490,6 +482,7 @@ def params_to_hf(model_type: str, config: ModelConfig, params: Params) -> dict[s
     """Their tensors by name: the inverse of `params_from_hf`. Rows that pad the vocabulary are cut off.
 
     Raises:
-      ConfigError: leaves that are missing, surplus or of another shape than `config` says.
+      ConfigError: a config that the family cannot express; leaves that are missing, surplus or of another shape than `config` says.
     """
+    config_to_hf(model_type, config)
     return write_rows(family(model_type).rows, config, params)

@@ -65,15 +65,12 @@ TRAINING_ONLY = ("init", "init_std", "embedding_dropout", "attention_dropout", "
 """Our fields that no converted model's output depends on; a family need not have a place for them."""
 
 
-def option(
-    theirs: str, *ours: str, default: tuple[Any, ...] = (), spellings: Mapping[Any, Any] | None = None, kind: type = object
-) -> Option:
+def option(theirs: str, *ours: str, default: tuple[Any, ...] = (), spellings: Mapping[Any, Any] | None = None) -> Option:
     """One key of theirs for one or more fields of ours, which it sets alike.
 
     Args:
       default: empty, or the one value that an absent key means.
       spellings: their value -> ours; the first of several with one meaning is written.
-      kind: converts a value that is not None (JSON does not keep 10000.0 apart from 10000).
     """
 
     def read(reader: Reader) -> Values:
@@ -83,8 +80,6 @@ def option(
                 allowed = ", ".join(map(repr, spellings))
                 raise ConfigError(f"'{theirs}' is {value!r}; jaxllm covers {allowed}{nearest(str(value), map(str, spellings))}")
             value = spellings[value]
-        elif value is not None and kind is not object:
-            value = kind(value)
         return dict.fromkeys(ours, value)
 
     def write(config: ModelConfig) -> Values:
@@ -94,6 +89,21 @@ def option(
         return {theirs: value}
 
     return Option(read, write)
+
+
+def number(theirs: str, *ours: str, default: float | None) -> Option:
+    """A float (JSON may write it as an integer) or null, with the value that an absent key means."""
+    plain = option(theirs, *ours, default=(default,))
+
+    def read(reader: Reader) -> Values:
+        return {name: None if value is None else float(value) for name, value in plain.read(reader).items()}
+
+    return Option(read, plain.write)
+
+
+def flag(theirs: str, *ours: str, default: bool) -> Option:
+    """True or false, with the value that an absent key means."""
+    return option(theirs, *ours, default=(default,), spellings={False: False, True: True})
 
 
 def always(**keys: Any) -> Option:
@@ -167,7 +177,9 @@ _ROPE_FIELDS = {  # ours -> (theirs, whether it must be given)
 }  # fmt: skip
 
 
-def read_rope(params: Values, *, max_length: int, head_size: int, partial: bool, scalings: Sequence[str] = tuple(_SCALINGS)) -> RopeConfig:
+def read_rope(
+    params: Values, *, max_length: int, head_size: int, partial: bool = False, scalings: Sequence[str] = tuple(_SCALINGS)
+) -> RopeConfig:
     """A `rope_parameters` dict (or a `rope_scaling` one with its base put in) as ours.
 
     Raises:
@@ -276,25 +288,41 @@ def one_window(default: int | None) -> Option:
     return Option(read, lambda config: {"sliding_window": config.kind(0).window})
 
 
-def layer_kinds(theirs: Reader, default: Callable[[int], bool], sliding: LayerKind) -> tuple[LayerKind, ...]:
-    """The layer pattern out of `layer_types`, or of `default(layer)`: whether it slides."""
-    depth = theirs.take("num_hidden_layers")
-    types = theirs.take("layer_types", None) or ["sliding_attention" if default(i) else "full_attention" for i in range(depth)]
-    unknown = set(types) - {"sliding_attention", "full_attention"}
-    if unknown or len(types) != depth:
-        raise ConfigError(f"'layer_types' has {len(types)} entries {sorted(set(types))}; jaxllm covers one of full_attention, "
-                          f"sliding_attention for each of {depth} layers")  # fmt: skip
-    return shortest_pattern([sliding if kind == "sliding_attention" else LayerKind() for kind in types])
+def typed_layers(
+    slides: Callable[[Reader, int], bool],
+    local_rope: Callable[[Reader], RopeConfig | None] = lambda theirs: None,
+    *,
+    switch: str | None = None,
+) -> Option:
+    """`layer_types` says which layers have the window `sliding_window`, by default those that `slides`.
 
+    Args:
+      local_rope: RoPE of the layers with a window, if it is not the model's.
+      switch: a key without which no layer has a window.
+    """
 
-def layer_types(config: ModelConfig) -> list[str]:
-    """The inverse of `layer_kinds`: their name of each layer's kind."""
-    return ["full_attention" if config.kind(i).window is None else "sliding_attention" for i in range(config.num_layers)]
+    def read(theirs: Reader) -> Values:
+        window = theirs.take("sliding_window", 4096)
+        if switch is not None and not theirs.take(switch, False):
+            window = None
+        depth = theirs.take("num_hidden_layers")
+        default = ["sliding_attention" if slides(theirs, i) else "full_attention" for i in range(depth)]
+        types = theirs.take("layer_types", None) or default
+        kinds = {"sliding_attention": LayerKind(window, local_rope(theirs)), "full_attention": LayerKind()}
+        unknown = next((kind for kind in types if kind not in kinds), None)
+        if unknown is not None:
+            raise ConfigError(f"'layer_types' has {unknown!r}; jaxllm covers {', '.join(kinds)}{nearest(str(unknown), kinds)}")
+        if len(types) != depth:
+            raise ConfigError(f"'layer_types' has {len(types)} entries, and 'num_hidden_layers' is {depth}")
+        return {"layer_pattern": shortest_pattern([kinds[kind] for kind in types])}
 
+    def write(config: ModelConfig) -> Values:
+        windows = [config.kind(i).window for i in range(config.num_layers)]
+        types = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        window = next((w for w in windows if w is not None), None)
+        return {"sliding_window": window, "layer_types": types} | ({} if switch is None else {switch: window is not None})
 
-def first_window(config: ModelConfig) -> int | None:
-    """The window of the first layer that has one."""
-    return next((kind.window for kind in config.layer_pattern if kind.window is not None), None)
+    return Option(read, write)
 
 
 # ------------------------------------------------------------------------------------- the whole

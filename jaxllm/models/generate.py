@@ -5,6 +5,7 @@ Letters: B rows, T prompt length, V vocabulary.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,8 @@ def stream(
     tokens = np.zeros((len(prompts), int(lengths.max())), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    keys = jnp.broadcast_to(jax.random.key_data(jax.random.key(seed)), (len(prompts), 2))
+    root = jax.random.key_data(jax.random.key(seed))  # a row's randomness is a function of the seed and its own prompt
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(root, np.array([zlib.crc32(np.asarray(prompt, np.int32).tobytes()) for prompt in prompts], np.uint32))
     new, cache = generate.prefill(params, tokens, lengths, generate.lm.init_cache(len(prompts), limit), keys)
     for step in range(num_tokens):
         yield np.asarray(new)

@@ -1,0 +1,114 @@
+"""The cache is whole or absent, whoever is killed and however many build it at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxllm.config import ConfigError, DataConfig, SourceConfig, TokenizerConfig, to_dict
+from jaxllm.data import batch as batches
+from jaxllm.data import cache as caching
+
+SCRIPT = """
+import json, sys
+from jaxllm.config import DataConfig, from_dict
+from jaxllm.data import batch
+said = []
+dataset = batch.load(from_dict(DataConfig, json.loads(sys.argv[1])), seed=0, say=said.append)
+print(dataset.fingerprint, any("tokenised" in line for line in said))
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("\n".join(f"line {i} " + "of some text " * 40 for i in range(20_000)))
+    source = SourceConfig(kind="text", path=str(path), document="line")
+    return DataConfig(sources=(source,), tokenizer=TokenizerConfig(kind="bytes"), cache_dir=str(tmp_path / "cache"))
+
+
+def start(config):
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(to_dict(config))], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_tokenisation_leaves_nothing_half_written(config, tmp_path):
+    corpora = tmp_path / "cache" / "corpora"
+    process = start(config)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size > 1 << 20 for path in corpora.glob(".*.tmp-*/tokens.bin")):
+        assert process.poll() is None and time.monotonic() < deadline, "it was to be killed while it writes"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [path for path in corpora.iterdir() if not path.name.startswith(".")] == []
+    assert list(corpora.glob(".*.tmp-*"))
+    dataset = batches.load(config, seed=0)
+    assert not list(corpora.glob(".*.tmp-*"))
+    assert dataset.describe()["sources"][0]["num_documents"] == 20_000
+
+
+def test_processes_that_load_at_once_make_one_corpus(config):
+    processes = [start(config) for _ in range(3)]
+    out = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len({fingerprint for fingerprint, _ in out}) == 1
+    assert sorted(built for _, built in out) == ["False", "False", "True"]
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    def fail(to):
+        (to / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        caching.folder(tmp_path / "made", fail)
+    assert [path.name for path in tmp_path.iterdir()] == [".made.lock"]
+    caching.folder(tmp_path / "made", lambda to: (to / "whole").write_text("whole"))
+    assert (tmp_path / "made" / "whole").read_text() == "whole"
+    caching.folder(tmp_path / "made", fail)  # it is there: not built again
+
+
+def test_a_full_disk_is_said(tmp_path):
+    """The kernel refuses the write: a file size limit, as a full disk would."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from jaxllm.config import ConfigError
+from jaxllm.data import cache
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    cache.folder(Path(sys.argv[1]) / "made", lambda to: (to / "x").write_bytes(bytes(5000)))
+except ConfigError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    assert "cannot write" in out and "set data.cache_dir" in out
+    assert [path.name for path in tmp_path.iterdir()] == [".made.lock"]
+
+
+def test_the_cache_is_where_the_config_or_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "env"))
+    assert caching.root(DataConfig()) == tmp_path / "env"
+    assert caching.root(DataConfig(cache_dir=str(tmp_path / "own"))) == tmp_path / "own"
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        caching.root(DataConfig(cache_dir=str(tmp_path / "file" / "below")))
+
+
+def test_a_file_hash_is_remembered_once_it_is_old(tmp_path):
+    path = tmp_path / "x.bin"
+    path.write_bytes(np.arange(1000, dtype=np.int64).tobytes())
+    cache = tmp_path / "cache"
+    new = caching.fingerprint([path], cache, text=False)
+    assert not (cache / "files").exists()
+    os.utime(path, ns=(10**18, 10**18))
+    assert caching.fingerprint([path], cache, text=False) == new
+    assert len([p for p in (cache / "files").iterdir() if not p.name.startswith(".")]) == 1
+    with pytest.raises(ConfigError, match="NUL byte"):  # remembered as bytes is not checked as text
+        caching.fingerprint([path], cache, text=True)
