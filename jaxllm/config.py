@@ -58,7 +58,8 @@ class RopeConfig:
     fraction: float = 1.0
     """Share of the head size that is rotated; the rest passes through (GPT-NeoX rotates 0.25)."""
     scaling: Literal["none", "linear", "ntk", "llama3", "yarn"] = "none"
-    """linear: arXiv:2306.15595. ntk: base * factor^(n/(n-2)). llama3: Llama 3.1's piecewise rule. yarn: arXiv:2309.00071."""
+    """linear: arXiv:2306.15595. ntk: base * factor^(n/(n-2)), n planes. llama3: Llama 3.1's piecewise rule.
+    yarn: arXiv:2309.00071."""
     factor: float = 1.0
     """How many times longer the context is than the original one."""
     original_max_length: int = 8192
@@ -111,7 +112,8 @@ class ModelConfig:
     # Norms
     norm: Literal["rms", "layer"] = "rms"
     norm_placement: Literal["before", "after", "both", "after_residual"] = "before"
-    """before: x + f(n(x)). after: x + n(f(x)) (OLMo 2). both: x + n(f(n(x))) (Gemma 3). after_residual: n(x + f(x)) (GPT-1)."""
+    """before: x + f(n(x)). after: x + n(f(x)) (OLMo 2). both: x + n(f(n(x))) (Gemma 3).
+    after_residual: n(x + f(x)) (GPT-1)."""
     norm_eps: float = 1e-6
     norm_plus_one: bool = False
     """Scale by 1 + w instead of w (Gemma)."""
@@ -159,7 +161,8 @@ class ModelConfig:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     init: Literal["normal", "fan_in"] = "normal"
-    """normal: N(0, init_std), residual outputs divided by sqrt(2L) (GPT-2). fan_in: std n_in^-0.5, embeddings N(0, 1) (PaLM)."""
+    """normal: N(0, init_std), residual outputs divided by sqrt(2L) (GPT-2).
+    fan_in: std n_in^-0.5, embeddings N(0, 1) (PaLM)."""
     init_std: float = 0.02
 
     @property
@@ -177,7 +180,8 @@ class ModelConfig:
         return self.layer_pattern[layer % len(self.layer_pattern)]
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_size", "ff_width", "vocab_size", "max_length"):
+        sizes = ("num_layers", "width", "num_heads", "num_kv_heads", "head_size", "ff_width", "vocab_size", "max_length")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -227,6 +231,8 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    """How text becomes tokens."""
+
     kind: Literal["sentencepiece", "huggingface", "bytes"] = "sentencepiece"
     path: str = ""
     """A SentencePiece .model or a tokenizer.json. Empty: a SentencePiece BPE is trained on the corpus and cached."""
@@ -238,6 +244,8 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """What is read, and how it becomes batches."""
+
     sources: tuple[SourceConfig, ...] = (SourceConfig(kind="stdlib"),)
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: int = 256
@@ -283,18 +291,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
+    """How the learning rate changes over the run."""
+
     kind: Literal["cosine", "linear", "inverse_sqrt", "wsd", "constant"] = "cosine"
-    """wsd: warm-up, stable, decay. inverse_sqrt: peak * sqrt(max(warmup, 1) / max(step, warmup)), PaLM's with warmup 10,000."""
+    """wsd: warm-up, stable, decay. inverse_sqrt: peak * sqrt(max(warmup, 1) / max(step, warmup)), PaLM's with
+    warmup 10,000."""
     warmup_steps: int = 0
     """Linear from 0 over this many steps (inverse_sqrt: flat at the peak, as PaLM's 1/sqrt(max(k, 10^4)))."""
     decay_steps: int | None = None
-    """cosine, linear: steps over which the rate falls, warm-up included; None means all. wsd: length of the final decay."""
+    """cosine, linear: steps over which the rate falls, warm-up included; None means all. wsd: length of the final
+    decay; None means a tenth of the run."""
     end_ratio: float = 0.1
     """Final rate as a share of the peak."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """The optimizer, its schedule, and which leaves it treats how."""
+
     name: Literal["adamw", "adafactor_palm", "adafactor", "lion", "muon", "sgd"] = "adamw"
     lr: float = 1e-3
     """Peak learning rate."""
@@ -355,6 +369,8 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    """Terms of the pre-training loss."""
+
     z_loss: float = 0.0
     """Weight of (log Z)^2 (PaLM: 1e-4)."""
     label_smoothing: float = 0.0
@@ -374,11 +390,13 @@ class SpikeConfig:
     rewind_steps: int = 100
     """Restart from the newest checkpoint at least this many steps before the spike."""
     skip_batches: int = 200
-    """How many batches are skipped, from the one read at the checkpoint's step on if the span is large enough, else around the spike."""
+    """How many batches are skipped: from the restart on where that covers the spike, else around the spike."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """One run, whole."""
+
     name: str = "run"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -389,9 +407,11 @@ class TrainConfig:
     num_steps: int = 100
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16", "bfloat16_matmul"] = "auto"
-    """bfloat16: activations and matmuls. bfloat16_matmul: float32 activations, bf16 operands. auto: the first on TPU and GPU, on CPU what is measured faster."""
+    """bfloat16: activations and matmuls. bfloat16_matmul: float32 activations, bf16 matmul operands.
+    auto: bfloat16 on TPU and GPU; on CPU float32 or bfloat16_matmul, whichever is measured faster."""
     remat: Literal["none", "full", "dots", "minimal"] = "full"
-    """What the backward pass recomputes: nothing; everything inside a block; all but matmul outputs; only elementwise work and attention scores."""
+    """What the backward pass recomputes: none: nothing. full: everything inside a block. dots: all but the outputs of
+    projections. minimal: also keeps the attention's output."""
     unroll_layers: int = 1
     """Layers per iteration of the scan over layers."""
     init_from: str = ""

@@ -107,6 +107,9 @@ def dot_in(dtype: str) -> Dot:
     return dot
 
 
+FLOAT32 = dot_in("float32")
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["leaves"], meta_fields=["scale", "soft_cap", "num_vocab", "dot"])
 @dataclass(frozen=True)
 class Unembedding:
@@ -118,7 +121,7 @@ class Unembedding:
     soft_cap: float | None = None
     num_vocab: int = 0
     """Logical vocabulary: logits from here on are -inf."""
-    dot: Dot = dot_in("float32")
+    dot: Dot = FLOAT32
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32 logits; padded vocabulary entries are -inf.

@@ -103,7 +103,7 @@ def fail_together() -> Iterator[None]:
         return
     from jax._src import distributed  # the public API has no key-value store
 
-    client = distributed.global_state.client
+    client: Any = distributed.global_state.client
     key, me, done = "jaxllm/failed", jax.process_index(), threading.Event()
 
     def watch() -> None:

@@ -87,8 +87,11 @@ def run(experiment: Experiment, precision: str, say: Say = print, more_environme
         stack.enter_context(jax.set_mesh(mesh))
         session = Session(experiment, mesh, run_dir, writer, signals, say)
         session.describe(precision, more_environment or {})
-        session.resume()
-        return session.train()
+        try:
+            session.resume()
+            return session.train()
+        finally:
+            session.checkpoints.wait()  # a save in flight is worth finishing, whatever else went wrong
 
 
 class Session:
@@ -294,7 +297,8 @@ class Session:
             saved = self.checkpoints.saved_steps()
             raise TrainingFailed(
                 f"{' and '.join(bad)} not finite at step {step} (batch id {flight.item.batch_id}); the last good checkpoint is "
-                f"{f'step {saved[-1]}' if saved else 'none'}. Lower --optim.lr, or turn on --spike.enabled True to rewind and skip such batches"
+                f"{f'step {saved[-1]}' if saved else 'none'}. Lower --optim.lr, or rewind and skip such batches with "
+                "--spike.enabled True"
             )
         self.recent_losses.append(loss)
         tokens = values.pop("tokens")
@@ -367,8 +371,8 @@ class Session:
         step = spike.restart_step(config, saved, spiked.step)
         if step is None:
             raise TrainingFailed(
-                f"the loss spiked at step {spiked.step} (batch id {spiked.item.batch_id}), and there is no checkpoint before it to rewind to; "
-                "save earlier with --save_every"
+                f"the loss spiked at step {spiked.step} (batch id {spiked.item.batch_id}), and no checkpoint before it "
+                "can be rewound to; save earlier with --save_every"
             )
         restored = self.checkpoints.restore(self.template, step=step, say=self.say)
         assert restored is not None

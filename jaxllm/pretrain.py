@@ -106,7 +106,7 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
     template = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     if not Path(config.init_from).exists():
         raise ConfigError(f"init_from names {config.init_from}, and there is no such run directory or checkpoint")
-    return checkpoint.load_params(config.init_from, template)
+    return checkpoint.load_params(config.init_from, template).state
 
 
 def held_out(lm: LM, config: TrainConfig) -> Callable[..., dict[str, Any]]:
@@ -116,7 +116,8 @@ def held_out(lm: LM, config: TrainConfig) -> Callable[..., dict[str, Any]]:
 
     @jax.jit
     def sums(params: Params, batch: Batch) -> Mean:
-        return scores.update(forward(params, batch, None), (), scores.weigh(batch))[1]["ce"]
+        mean = scores.update(forward(params, batch, None), (), scores.weigh(batch))[1]["ce"]
+        return Mean(*(sharding.constrain(x, "") for x in mean))
 
     def evaluate(params: Params, dataset: Dataset, mesh: Mesh, max_batches: int = 0) -> dict[str, Any]:
         size = config.data.batch_size // config.optim.num_microbatches
@@ -150,4 +151,3 @@ def baselines(dataset: Dataset, evaluation: dict[str, Any]) -> dict[str, Any]:
         ("lzma, whole text", perplexity.lzma_whole_bits(held), "sees all of the held-out text at once: the next goal"),
     )
     return {"baselines": [{"name": name, "bits_per_byte": bits, "note": note} for name, bits, note in rows]}
-

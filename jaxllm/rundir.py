@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,8 +135,12 @@ def environment(config: TrainConfig, **more: Any) -> dict[str, Any]:
 
 def command() -> str:
     """The command line that started this process, as one would type it."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return " ".join(f"'{w}'" if " " in w else w for w in words)
+    program = Path(sys.argv[0])
+    if program.parent.name == "experiments":
+        start = f"python -m experiments.{program.stem}"
+    else:
+        start = "jaxllm" if program.stem in ("cli", "__main__") else program.name
+    return " ".join([start, *(shlex.quote(word) for word in sys.argv[1:])])
 
 
 def git_commit() -> str:

@@ -263,5 +263,5 @@ def warn(notes: Sequence[str]) -> None:
 def host_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
     """Indices of the rows of a global batch that this process's devices hold, in order."""
     index_map = batch_sharding(mesh).addressable_devices_indices_map((num_rows,))
-    rows = {i for (index,) in index_map.values() for i in range(*index.indices(num_rows))}
+    rows = {i for (index,) in filter(None, index_map.values()) for i in range(*index.indices(num_rows))}
     return np.array(sorted(rows), dtype=np.int64)

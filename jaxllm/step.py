@@ -158,7 +158,7 @@ def make_step(
 
             def add_one(total: Any, part: tuple[Batch, Array]) -> tuple[Any, Array]:
                 out = call(part[0], key=part[1])
-                return jax.tree.map(jnp.add, total, out), jnp.square(optax.global_norm(out[1]))
+                return jax.tree.map(jnp.add, total, out), jnp.square(optim.global_norm(out[1]))
 
             split = split_rows(batch, parts, shards)
             shapes = jax.eval_shape(lambda: call(jax.tree.map(lambda x: x[0], split), key=keys[0]))
@@ -166,12 +166,12 @@ def make_step(
             ((value, means), grads), micro_sq_norms = jax.lax.scan(add_one, zeros, (split, keys))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        ema = None if state.ema is None else optim.ema(state.ema, trainable, config.optim.ema_decay)
+        ema = None if state.ema is None else optim.ema(state.ema, trainable, config.optim.ema_decay or 0.0)
         metrics = {name: mean.value for name, mean in means.items()}
         metrics |= {
             "loss": value,
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(trainable),
+            "grad_norm": optim.global_norm(grads),
+            "param_norm": optim.global_norm(trainable),
             "lr": jnp.asarray(rate(state.step), jnp.float32),
             "tokens": (batch.segment_ids > 0).sum().astype(jnp.float32),
         }
@@ -212,7 +212,7 @@ def state_shardings(experiment: Experiment, shapes: TrainState, mesh: Mesh) -> T
     """A NamedSharding for every leaf of a TrainState: params by rule, whatever copies them likewise, the rest replicated."""
     specs = sharding.param_specs(shapes.trainable, mesh, experiment.config.mesh.rules)
     place = lambda part: sharding.shardings(sharding.like_params(part, specs), mesh)
-    whole = NamedSharding(mesh, P())
+    whole: Any = NamedSharding(mesh, P())
     return TrainState(
         step=whole,
         trainable=sharding.shardings(specs, mesh),

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -78,6 +79,12 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return found
 
 
+def load(values: Mapping[str, Any]) -> Collective:
+    """The inverse of `dataclasses.asdict`, through JSON too."""
+    arrays = {name: tuple(Array(a["dtype"], tuple(a["shape"])) for a in values[name]) for name in ("operands", "results")}
+    return Collective(**{**values, **arrays, "axes": tuple(values["axes"])})
+
+
 def select(
     found: Iterable[Collective], *ops: str, axis: str | None = None, in_loop: bool | None = None, min_size: int = 0
 ) -> list[Collective]:
@@ -140,7 +147,10 @@ def _shapes(lines: list[str]) -> dict[str, tuple[Array, ...]]:
 
 
 def _groups(attributes: str, num_devices: int) -> np.ndarray | list[list[int]]:
-    """Replica groups in any of XLA's spellings: {{0,1},{2,3}}, [2,2]<=[4], [2,2]<=[2,2]T(1,0), mesh['data'=2,'model'=2] {'data'}, or pairs of a permute."""
+    """Replica groups in any of XLA's spellings, or the pairs of a permute.
+
+    {{0,1},{2,3}}    [2,2]<=[4]    [2,2]<=[2,2]T(1,0)    mesh['data'=2,'model'=2] {'data'}
+    """
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
         grid, names = np.arange(num_devices).reshape(tuple(sizes.values())), list(sizes)

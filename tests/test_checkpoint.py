@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ class State(NamedTuple):
     key: Any
 
 
+@functools.cache
 def make_state(seed: int = 0, vocab: int = NUM_VOCAB) -> State:
     """A state as the training step has it: named tuples, optax states, empty nodes, every type that we use."""
     keys = jax.random.split(jax.random.key(seed), 3)
@@ -313,11 +315,12 @@ def test_another_architecture_is_refused_with_what_differs(copy: Path) -> None:
         ck.restore(good, step=3)
 
 
-def test_vocabulary_is_not_padded_unless_its_size_is_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("leaf", "num_vocab"), [("embed/tokens", None), ("embed/positions", NUM_VOCAB)])
+def test_only_vocabulary_of_known_size_is_padded(tmp_path: Path, leaf: str, num_vocab: int | None) -> None:
     ck = Checkpointer(tmp_path)
-    ck.save(1, {"embed": {"tokens": jnp.ones((10, 2))}}, {})
-    with pytest.raises(ConfigError, match=r"embed/tokens has shape"):
-        ck.restore({"embed": {"tokens": jax.ShapeDtypeStruct((16, 2), jnp.float32)}})
+    ck.save(1, {leaf: jnp.ones((12, 2))}, {}, num_vocab=num_vocab)
+    with pytest.raises(ConfigError, match=rf"{leaf} has shape \(12, 2\), expected \(16, 2\)"):
+        ck.restore({leaf: jax.ShapeDtypeStruct((16, 2), jnp.float32)})
 
 
 @pytest.mark.parametrize("values", [{"keep_last": 0}, {"keep_every": -1}])

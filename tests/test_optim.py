@@ -320,8 +320,8 @@ def test_ema_is_a_weighted_mean_in_the_averages_type() -> None:
         average = optim.ema(average, p, 0.9)
     want = sum(0.1 * 0.9 ** (4 - k) * k for k in range(1, 5))
     np.testing.assert_allclose(average["w"], [want, -want], rtol=1e-6)
-    for kept, given in ((jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)):
-        assert optim.ema({"w": jnp.zeros(2, kept)}, {"w": jnp.ones(2, given)}, 0.5)["w"].dtype == kept
+    for kept, other in ((jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)):
+        assert optim.ema({"w": jnp.zeros(2, kept)}, {"w": jnp.ones(2, other)}, 0.5)["w"].dtype == kept
 
 
 # --------------------------------------------------------------------------------- selection by path

@@ -34,7 +34,7 @@ from jaxllm.interop.layout import (
     interleaved,
     read_rows,
     write_rows,
-)  # fmt: skip
+)  # fmt: skip  # isort: skip
 from jaxllm.interop.options import (
     Option,
     Reader,
@@ -50,7 +50,7 @@ from jaxllm.interop.options import (
     option,
     rope,
     typed_layers,
-)
+)  # fmt: skip  # isort: skip
 
 
 class Family(NamedTuple):
@@ -454,11 +454,11 @@ def config_to_hf(model_type: str, config: ModelConfig) -> dict[str, Any]:
     Raises:
       ConfigError: the family has no place for a field of `config`, which is named.
     """
-    chosen = family(model_type)
+    chosen, config = family(model_type), options.canonical(config)
     head = {"architectures": [chosen.architecture], "model_type": model_type}
     values = head | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | options.write_options(chosen.options, config)
     back = config_from_hf(values)
-    lost = diff(to_dict(options.canonical(config)), to_dict(options.canonical(back)))
+    lost = diff(to_dict(config), to_dict(options.canonical(back)))
     for name, (ours, theirs) in lost.items():
         if name not in options.TRAINING_ONLY:
             raise ConfigError(f"family '{model_type}' cannot express model.{name} = {ours!r}; it would be read back as {theirs!r}")
@@ -471,7 +471,8 @@ def params_from_hf(model_type: str, config: ModelConfig, tensors: Mapping[str, n
     Masks and rotary frequencies of older checkpoints are left out, and so is a second copy of a tied head.
 
     Raises:
-      ConfigError: a config that the family cannot express, missing and surplus tensors with the nearest names, shapes that differ, a "tied" head that differs.
+      ConfigError: a config that the family cannot express; missing and surplus tensors with the nearest names; other shapes;
+        a tied head that is not the embedding.
     """
     config_to_hf(model_type, config)  # or a leaf that the family does not have would get a name that nobody reads
     chosen = family(model_type)

@@ -211,7 +211,8 @@ def read_rope(
             rest.pop("truncate")
     if rest:
         raise ConfigError(f"RoPE scaling '{kind}' has '{next(iter(rest))}' = {next(iter(rest.values()))!r}, which jaxllm does not cover")
-    return replace(rope, **{name: int(v) if name == "original_max_length" else float(v) for name, v in given.items()})
+    numbers: Values = {name: int(v) if name == "original_max_length" else float(v) for name, v in given.items()}
+    return replace(rope, **numbers)
 
 
 def write_rope(rope: RopeConfig) -> Values | None:
@@ -352,7 +353,7 @@ def write_options(options: Sequence[Option], config: ModelConfig) -> Values:
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-    """The same function of the params in one spelling: defaults written out, settings without effect reset."""
+    """The same function of the params in one spelling: settings without effect reset, no number that says what None says."""
     base = canonical_rope(config.rope, config.head_size)
     positions = config.position == "rope"
     kinds = []
@@ -364,7 +365,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
         config,
         rope=base if positions else RopeConfig(),
         layer_pattern=shortest_pattern(kinds),
-        attention_scale=config.head_size**-0.5 if config.attention_scale is None else config.attention_scale,
+        attention_scale=None if config.attention_scale == config.head_size**-0.5 else config.attention_scale,
         parallel_norms=config.parallel_norms if config.block == "parallel" else 1,
         memory_width=config.memory_width if config.cross_attention else None,
     )

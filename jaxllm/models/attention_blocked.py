@@ -157,7 +157,8 @@ class Walk(NamedTuple):
     v: Float[Array, "BK S H"]
     segments: tuple[Int[Array, "BK T"], Int[Array, "BK S"]] | None
     slopes: Float[Array, "BK G"] | None
-    index: Int[Array, " BK"]
+    number: Int[Array, " BK"]
+    """0, 1, 2, …"""
 
 
 def _walk(options: Options, q: Array, k: Array, v: Array, q_segments: Array | None, k_segments: Array | None, slopes: Array | None) -> Walk:
@@ -183,7 +184,7 @@ def _forward(
     groups = None if bias is None else _bias_groups(bias, K)
 
     def head(_: None, x: Walk) -> tuple[None, tuple[Array, Array]]:
-        own = None if groups is None else groups[_bias_index(x.index, K, groups)]
+        own = None if groups is None else groups[_bias_index(x.number, K, groups)]
         out, lse = jnp.zeros((T * G, H), jnp.float32), jnp.full(T * G, NEG)
         for at in options.blocks(T, S):
             t0, t1, s0, s1 = at
@@ -233,7 +234,7 @@ def _attention_bwd(options: Options, saved: Any, cotangents: tuple[Array, Array]
 
     def head(d_bias: Array | None, both: tuple[Walk, tuple[Array, Array, Array]]) -> tuple[Array | None, tuple[Array, ...]]:
         x, (d_out, delta, lse) = both
-        where = None if groups is None else _bias_index(x.index, K, groups)
+        where = None if groups is None else _bias_index(x.number, K, groups)
         own = None if groups is None else groups[where]
         dq, dk, dv = (jnp.zeros(a.shape, jnp.float32) for a in (x.q, x.k, x.v))
         for at in options.blocks(T, S):
@@ -242,7 +243,7 @@ def _attention_bwd(options: Options, saved: Any, cotangents: tuple[Array, Array]
             raw = _dot(x.k[c], x.q[r], ((1,), (1,)))
             p = jnp.exp(_finish(options, raw, at, x.segments, x.slopes, own, G, True) - lse[r])
             ds = p * (_dot(x.v[c], d_out[r], ((1,), (1,))) - delta[r])
-            if d_bias is not None and groups is not None:
+            if d_bias is not None and groups is not None and where is not None:
                 db = ds.T.reshape(t1 - t0, G, s1 - s0).swapaxes(0, 1)
                 db = db.sum(0, keepdims=True) if groups.shape[2] == 1 else db
                 d_bias = d_bias.at[(*where, slice(None), slice(t0, t1), c)].add(db)

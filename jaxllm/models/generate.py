@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.config import ConfigError
 from jaxllm.contract import LM, Params
+from jaxllm.sharding import constrain
 
 type Sampler = Callable[[Float[Array, "B V"], Array], Int[Array, " B"]]
 
@@ -64,7 +65,7 @@ def generator(lm: LM, sample: Sampler) -> Generator:
 
     def next_of(params: Params, hidden: Float[Array, "B D"], keys: Array, step: Array) -> Int[Array, " B"]:
         logits = lm.unembed(params).logits(hidden)
-        return sample(logits, jax.vmap(lambda key: jax.random.fold_in(key, step))(keys))
+        return constrain(sample(logits, jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)), ".")
 
     def prefill(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Any, keys: Array) -> tuple[Array, Any]:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -103,7 +104,9 @@ def stream(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     root = jax.random.key_data(jax.random.key(seed))  # a row's randomness is a function of the seed and its own prompt
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(root, np.array([zlib.crc32(np.asarray(prompt, np.int32).tobytes()) for prompt in prompts], np.uint32))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        root, np.array([zlib.crc32(np.asarray(prompt, np.int32).tobytes()) for prompt in prompts], np.uint32)
+    )
     new, cache = generate.prefill(params, tokens, lengths, generate.lm.init_cache(len(prompts), limit), keys)
     for step in range(num_tokens):
         yield np.asarray(new)

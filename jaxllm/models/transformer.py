@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -120,14 +120,15 @@ class Attention(nn.Module):
 
     def attend_self(self, q: Array, k: Array, v: Array, ctx: Context) -> tuple[Array, Any]:
         """Attention to the row itself, to the past in the cache, and to a prefix, merged by log-sum-exp."""
-        kept, part = None, None
+        kept: tuple[Array, ...] | None = None
+        part: tuple[Array, Array] | None = None
         if ctx.past is not None:
             assert ctx.slots is not None and ctx.positions is not None
             before, after = ctx.positions
             kept = tuple(write_slots(old, new, ctx.slots) for old, new in zip(ctx.past, (k, v), strict=True))
             past_sight = replace(ctx.sight, q_segments=None, k_segments=None, prefix_mask=None)
             if q.shape[1] == 1:  # one token: its own key is already in the slots, and a ring holds exactly its window
-                part = self.attend(q, *kept, replace(past_sight, k_positions=after), ctx.key)
+                part = self.attend(q, kept[0], kept[1], replace(past_sight, k_positions=after), ctx.key)
             elif not ctx.first_call:
                 part = self.attend(q, *ctx.past, replace(past_sight, k_positions=before), ctx.key)
         if ctx.past is None or q.shape[1] > 1:
@@ -310,7 +311,7 @@ def decoder(
         )
         x, tapped, cache = stack(params["layers"], x, ctx, positions, prefix, cache)
         if config.final_norm:
-            x = _final_norm(config).apply({"params": params["final_norm"]}, x)
+            x = cast(Array, _final_norm(config).apply({"params": params["final_norm"]}, x))
         return Out(constrain(x, dims), tapped, cache)
 
     def unembed(params: Params) -> Unembedding:
@@ -373,7 +374,7 @@ def _run_layers(
     def layer(j: int, x: Array, own: dict[str, Any]) -> tuple[Array, dict[str, Array], Any]:
         here = replace(contexts[j], prefix=own.get("prefix"), past=own.get("past"), key=own.get("key"))
         params = own["params"] if reparam is None else reparam(own["params"])
-        return block.apply({"params": params}, x, here)
+        return cast(tuple[Array, dict[str, Array], Any], block.apply({"params": params}, x, here))
 
     if remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT[remat], static_argnums=(0,), prevent_cse=False)

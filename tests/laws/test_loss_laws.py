@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +18,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxllm.contract import STUDENT, Batch, Mean, Obs, Unembedding
-from jaxllm.losses import core, sequence, tokens
+from jaxllm.contract import STUDENT, Batch, Obs, Unembedding
+from jaxllm.losses import sequence, tokens
 from jaxllm.losses.annotate import teacher
-from jaxllm.losses.core import LossTransform, adaptive, as_loss_fn, masked, partition, scale, total
+from jaxllm.losses.core import LossTransform, adaptive, masked, partition, scale, total
 from jaxllm.losses.vocab import over_vocab
 
 B, T, D, V, K = 4, 7, 6, 11, 3
@@ -148,9 +149,9 @@ def n_ranking(s: Any, t: Any) -> float:
     real = s.b.loss_mask.any(1)
     for group in np.unique(s.b.group):
         members = [i for i in np.flatnonzero(s.b.group == group) if real[i]]
-        pairs = [(w, l) for w in members for l in members if s.b.extras["rank"][w] < s.b.extras["rank"][l]]
+        pairs = [(win, lose) for win in members for lose in members if s.b.extras["rank"][win] < s.b.extras["rank"][lose]]
         if pairs:
-            groups.append(np.mean([np.log1p(np.exp(s.reward[l] - s.reward[w])) for w, l in pairs]))
+            groups.append(np.mean([np.log1p(np.exp(s.reward[lose] - s.reward[win])) for win, lose in pairs]))
     return float(np.mean(groups)) if groups else 0.0
 
 
@@ -178,12 +179,22 @@ def two(chunk: int) -> LossTransform:
     return over_vocab(chunk, ce=(1.0, tokens.next_token()), z=(ramp, tokens.z_loss()), right=(0.0, tokens.accuracy()))
 
 
-def n_two(s: Any, t: Any) -> float:
-    return mean(n_ce(s, t), s.b.loss_mask) + ramp(s.step) * mean(n_z(s, t), s.b.loss_mask)
+def n_two(s: Any, t: Any, where: Any = 1.0) -> float:
+    return mean(n_ce(s, t), s.b.loss_mask * where) + ramp(s.step) * mean(n_z(s, t), s.b.loss_mask * where)
 
 
-def n_source(s: Any, t: Any, source: int, formula: Callable[..., np.ndarray]) -> float:
-    return mean(formula(s, t), s.b.loss_mask * (s.b.source == source)[:, None])
+def from_source(batch: Batch, source: int) -> np.ndarray:
+    return (batch.source == source)[:, None]
+
+
+def instruct(chunk: int) -> LossTransform:
+    distil = over_vocab(chunk, loss=(1.0, tokens.forward_kl("teacher")))
+    return partition("source", text=over_vocab(chunk, ce=(1.0, tokens.next_token())), distil=scale(27.8, distil))
+
+
+def n_instruct(s: Any, t: Any) -> float:
+    text, distil = (s.b.loss_mask * from_source(s.b, source) for source in (0, 1))
+    return mean(n_ce(s, t), text) + 27.8 * mean(n_forward(s, t), distil)
 
 
 def minitron(chunk: int) -> LossTransform:
@@ -221,57 +232,73 @@ CASES = {
         lambda s, t: ramp(s.step) * n_two(s, t) + 2.0 * n_ranking(s, t),
     ),
     "masked": Case(
-        lambda chunk: masked(two(chunk), lambda batch: batch.positions % 2 == 0),
-        lambda s, t: mean(n_ce(s, t), s.b.loss_mask * (s.b.positions % 2 == 0)) + 0.1 * STEP * mean(n_z(s, t), s.b.loss_mask * (s.b.positions % 2 == 0)),
+        lambda chunk: masked(two(chunk), lambda batch: batch.positions % 2 == 0), lambda s, t: n_two(s, t, s.b.positions % 2 == 0)
     ),
-    "partition": Case(
-        lambda chunk: partition(
-            "source", ptx=over_vocab(chunk, ce=(1.0, tokens.next_token())), kl=scale(27.8, over_vocab(chunk, kl=(1.0, tokens.forward_kl("teacher"))))
-        ),
-        lambda s, t: n_source(s, t, 0, n_ce) + 27.8 * n_source(s, t, 1, n_forward),
+    "partition": Case(instruct, n_instruct),
+    "two_branches": Case(
+        lambda chunk: partition("source", a=two(chunk), b=two(chunk)),
+        lambda s, t: n_two(s, t, from_source(s.b, 0)) + n_two(s, t, from_source(s.b, 1)),
     ),
-    "minitron_adaptive": Case(
-        minitron, lambda s, t: mean(n_forward(s, t), s.b.loss_mask) + 2.0 * mean(n_cosine(s, t), s.b.loss_mask)
+    "minitron": Case(minitron, lambda s, t: mean(n_forward(s, t), s.b.loss_mask) + 2.0 * mean(n_cosine(s, t), s.b.loss_mask)),
+    "partition_of_all": Case(
+        lambda chunk: partition("source", all=((0, 1), minitron(chunk)), nobody=(7, two(chunk))),
+        lambda s, t: CASES["minitron"].formula(s, t),
     ),
-}  # fmt: skip
-VOCAB = [name for name in CASES if name not in ("mse", "cosine", "pairwise_ranking")]
+}
+LOSSES = {name: case.build(3) for name, case in CASES.items()}
 
 PARAMS, TEACHER, BATCH = make_params(1), make_params(2), make_batch()
 PARAMS32, TEACHER32 = (jax.tree.map(lambda x: x.astype(np.float32), p) for p in (PARAMS, TEACHER))
+EMPTY = BATCH.replace(loss_mask=np.zeros((B, T), np.float32))
+PADDED = BATCH.replace(loss_mask=BATCH.loss_mask * np.array([[1.0], [1.0], [0.0], [0.0]], np.float32))
+HALVES = rows(BATCH, slice(0, 2)), rows(BATCH, slice(2, 4))
+FAST = {"xla_backend_optimization_level": 0}
+"""Compiling is what these tests spend their time on."""
+RESULTS: dict[Any, Any] = {}
 
 
-@pytest.fixture(scope="module")
-def program() -> Callable[..., Any]:
-    """(case, chunk, head, pad) -> jitted (params, frozen, batch, state, weights) -> ((scalar, (means, state)), gradients). Compiled once."""
-    made: dict[Any, Any] = {}
+@dataclass(frozen=True)
+class Variant:
+    """How the pass is cut, and what the head does; one compiled program holds every loss."""
 
-    def get(name: str, chunk: int = 3, head: tuple[float, float | None] = PLAIN, pad: int = 0) -> Any:
-        key = (name, chunk, head, pad)
-        if key not in made:
-            made[key] = jax.jit(gradient_of(CASES[name].build(chunk), head, pad))
-        return made[key]
-
-    return get
+    chunk: int
+    head: tuple[float, float | None]
+    pad: int
 
 
-def gradient_of(loss: LossTransform, head: tuple[float, float | None] = PLAIN, pad: int = 0) -> Callable[..., Any]:
-    """Value and gradient as a micro-batch of a step would take them: weights come from outside."""
-    look = lambda params, batch: apply(head, pad, params, batch).replace(step=jnp.int32(STEP))
-
-    def f(params: Any, frozen: Any, batch: Batch, state: Any, weights: Any) -> Any:
-        obs = teacher(look, "teacher")(frozen, look(params, batch), None)
-        scalar, means = loss.update(obs, state, weights)
-        return scalar, (means, loss.finish(state, means))
-
-    return jax.value_and_grad(f, argnums=(0, 1), has_aux=True)
+THREES, ONES, WHOLE = Variant(3, CAPPED, 0), Variant(1, CAPPED, 0), Variant(100, PLAIN, 5)
 
 
-def run(name: str, program: Any, batch: Batch = BATCH, weights: Any = None, **variant: Any) -> Any:
-    loss = CASES[name].build(3)
-    frozen = {"teacher": TEACHER32}
-    weights = loss.weigh(batch) if weights is None else weights
-    (scalar, (means, state)), (gradient, to_teacher) = program(name, **variant)(PARAMS32, frozen, batch, loss.init(PARAMS32), weights)
-    return SimpleNamespace(scalar=scalar, means=means, state=state, gradient=gradient, to_teacher=to_teacher)
+@cache
+def program(variant: Variant) -> Any:
+    """jitted (batch, weights) -> {case: (scalar, means, state, gradient, gradient to the teacher)}."""
+    losses = {name: case.build(variant.chunk) for name, case in CASES.items()}
+    look = lambda params, batch: apply(variant.head, variant.pad, params, batch).replace(step=jnp.int32(STEP))
+
+    def one(loss: LossTransform, batch: Batch, weights: Any) -> Any:
+        def f(params: Any, frozen: Any) -> Any:
+            obs = teacher(look, "teacher")(frozen, look(params, batch), None)
+            state = loss.init(params)
+            scalar, means = loss.update(obs, state, weights)
+            return scalar, (means, loss.finish(state, means))
+
+        (scalar, (means, state)), (gradient, to_teacher) = jax.value_and_grad(f, (0, 1), has_aux=True)(PARAMS32, {"teacher": TEACHER32})
+        return SimpleNamespace(scalar=scalar, means=means, state=state, gradient=gradient, to_teacher=to_teacher).__dict__
+
+    return jax.jit(lambda batch, weights: {name: one(loss, batch, weights[name]) for name, loss in losses.items()}, compiler_options=FAST)
+
+
+@jax.jit
+def weigh(batch: Batch) -> Any:
+    return {name: loss.weigh(batch) for name, loss in LOSSES.items()}
+
+
+def run(name: str, batch: Batch = BATCH, whole: Batch | None = None, variant: Variant = THREES) -> SimpleNamespace:
+    """One loss on a batch, divided by the weights of the `whole` step's batch; params count as constants of the program."""
+    key = (id(batch), id(whole), variant)
+    if key not in RESULTS:
+        RESULTS[key] = (batch, whole, program(variant)(batch, weigh(batch if whole is None else whole)))
+    return SimpleNamespace(**RESULTS[key][-1][name])
 
 
 def assert_same(a: Any, b: Any, tolerance: float = 2e-6) -> None:
@@ -279,13 +306,13 @@ def assert_same(a: Any, b: Any, tolerance: float = 2e-6) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_chunked_equals_dense(name: str, program: Any) -> None:
-    """Value, and gradient in every direction, for every chunk size, with a soft-capped and scaled head too."""
+def test_chunked_equals_dense(name: str) -> None:
+    """Value, and gradient in every direction, for several chunk sizes, with a soft-capped and scaled head, and with padded vocabulary."""
     rng = np.random.default_rng(0)
-    for variant in ({"chunk": 3}, {"chunk": 1, "head": CAPPED}, {"chunk": 100, "head": CAPPED}):
-        head = variant.get("head", PLAIN)
-        got = run(name, program, **variant)
-        dense = lambda params, head=head: CASES[name].formula(numpy_world(head, params, BATCH), numpy_world(head, TEACHER, BATCH))
+    for variant, batch in ((THREES, BATCH), (ONES, HALVES[0]), (WHOLE, BATCH)):
+        got = run(name, batch, variant=variant)
+        world = lambda params, v=variant, b=batch: numpy_world(v.head, params, b)
+        dense = lambda params, world=world: CASES[name].formula(world(params), world(TEACHER))
         np.testing.assert_allclose(got.scalar, dense(PARAMS), rtol=5e-6, atol=5e-7)
         for _ in range(3):
             direction = jax.tree.map(lambda x: rng.normal(size=x.shape), PARAMS)
@@ -295,39 +322,30 @@ def test_chunked_equals_dense(name: str, program: Any) -> None:
             np.testing.assert_allclose(ours, slope, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", VOCAB)
-def test_padded_vocabulary_changes_nothing(name: str, program: Any) -> None:
-    plain, padded = run(name, program), run(name, program, pad=5)
-    assert_same((plain.scalar, plain.gradient, plain.means), (padded.scalar, padded.gradient, padded.means))
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_padded_rows_change_nothing(name: str, program: Any) -> None:
+def test_padded_rows_change_nothing(name: str) -> None:
     """Two rows without loss_mask, whatever else they hold, against the batch without them."""
-    padded = BATCH.replace(loss_mask=BATCH.loss_mask * np.array([[1.0], [1.0], [0.0], [0.0]], np.float32))
-    with_rows, without = run(name, program, padded), run(name, program, rows(BATCH, slice(0, 2)))
+    with_rows, without = run(name, PADDED), run(name, HALVES[0], variant=ONES)
     assert_same((with_rows.scalar, with_rows.gradient, with_rows.means), (without.scalar, without.gradient, without.means))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_micro_batches_add_up(name: str, program: Any) -> None:
+def test_micro_batches_add_up(name: str) -> None:
     """Scalars, gradients, Means and the state after the step: two halves (groups whole) under the whole's weights equal the whole."""
-    loss = CASES[name].build(3)
-    parts = [run(name, program, rows(BATCH, part), loss.weigh(BATCH)) for part in (slice(0, 2), slice(2, 4))]
-    whole = run(name, program)
+    loss, whole = LOSSES[name], run(name)
+    parts = [run(name, half, whole=BATCH, variant=ONES) for half in HALVES]
     add = lambda a, b: jax.tree.map(np.add, a, b)
     assert_same(add(parts[0].scalar, parts[1].scalar), whole.scalar)
     assert_same(add(parts[0].gradient, parts[1].gradient), whole.gradient)
     means = {key: parts[0].means[key] + parts[1].means[key] for key in whole.means}
     assert_same(means, whole.means)
     assert_same(loss.finish(loss.init(PARAMS32), means), whole.state)
-    apart = add(loss.weigh(rows(BATCH, slice(0, 2))), loss.weigh(rows(BATCH, slice(2, 4))))
-    assert_same(apart, loss.weigh(BATCH))
+    assert_same(add(weigh(HALVES[0])[name], weigh(HALVES[1])[name]), weigh(BATCH)[name])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_empty_mask_is_exactly_zero(name: str, program: Any) -> None:
-    empty = run(name, program, BATCH.replace(loss_mask=np.zeros((B, T), np.float32)))
+def test_empty_mask_is_exactly_zero(name: str) -> None:
+    empty = run(name, EMPTY)
     assert empty.scalar == 0.0
     assert all(np.all(np.asarray(g) == 0.0) for g in jax.tree.leaves(empty.gradient))
     assert all(m.value == 0.0 for m in empty.means.values())
@@ -335,58 +353,33 @@ def test_empty_mask_is_exactly_zero(name: str, program: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_teacher_float32_and_no_recompile(name: str, program: Any) -> None:
-    """No gradient reaches a teacher, everything reported is float32, and a second batch of that shape compiles nothing."""
-    first = run(name, program)
-    compiled = program(name)._cache_size()
-    second = run(name, program, make_batch(1))
-    assert program(name)._cache_size() == compiled
-    assert first.scalar != second.scalar
-    assert all(np.all(np.asarray(g) == 0.0) for g in jax.tree.leaves(first.to_teacher))
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((first.scalar, first.means, first.state)))
+def test_float32_and_nothing_for_the_teacher(name: str) -> None:
+    got = run(name)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((got.scalar, got.means, got.state)))
+    assert all(np.all(np.asarray(g) == 0.0) for g in jax.tree.leaves(got.to_teacher))
+    assert any(np.any(np.asarray(g) != 0.0) for g in jax.tree.leaves(got.gradient))
+
+
+def test_no_recompile() -> None:
+    """Other values in the same shapes compile nothing, and change every loss."""
+    first = {name: run(name).scalar for name in CASES}
+    compiled = program(THREES)._cache_size()
+    other = make_batch(1)
+    for name in CASES:
+        assert run(name, other).scalar != first[name]
+    assert program(THREES)._cache_size() == compiled
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_means_have_the_same_names(name: str, program: Any) -> None:
-    """Each leaf reports a Mean under the name of its weight, and with that weight."""
-    weights, means = CASES[name].build(3).weigh(BATCH), run(name, program).means
+def test_names_and_weights(name: str) -> None:
+    """Each leaf reports a Mean under the name of its weight, and with that weight; no term hides another."""
+    weights, means = weigh(BATCH)[name], run(name).means
     assert set(weights) <= set(means)
     for key, weight in weights.items():
         np.testing.assert_allclose(means[key].weight, weight, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "pairwise_ranking", "minitron_adaptive"])
-def test_partition_of_everything_is_the_plain_loss(name: str, program: Any) -> None:
-    loss = CASES[name].build(3)
-    around = partition("source", all=((0, 1), loss), nobody=(7, loss))
-    call = jax.jit(gradient_of(around))
-    (scalar, (means, state)), (gradient, _) = call(PARAMS32, {"teacher": TEACHER32}, BATCH, around.init(PARAMS32), around.weigh(BATCH))
-    plain = run(name, program)
-    assert_same((scalar, gradient, state["all"]), (plain.scalar, plain.gradient, plain.state))
-    for key, value in plain.means.items():
-        assert_same(means["all" if key == core.LEAF else f"all/{key}"], value)
-        assert means["nobody" if key == core.LEAF else f"nobody/{key}"] == Mean(0.0, 0.0)
-
-
-@pytest.mark.parametrize("name", ["pretrain", "forward_kl"])
-def test_two_branches_are_two_means(name: str, program: Any) -> None:
-    """A partition into two branches equals the sum of the losses of the two halves, each divided by its own weight."""
-    loss = CASES[name].build(3)
-    halves = partition("source", a=loss, b=loss)
-    call = jax.jit(gradient_of(halves))
-    (scalar, _), (gradient, _) = call(PARAMS32, {"teacher": TEACHER32}, BATCH, halves.init(PARAMS32), halves.weigh(BATCH))
-    apart = [run(name, program, rows(BATCH, BATCH.source == source)) for source in (0, 1)]
-    assert_same(scalar, apart[0].scalar + apart[1].scalar)
-    assert_same(gradient, jax.tree.map(np.add, apart[0].gradient, apart[1].gradient))
-
-
-def test_as_loss_fn_is_the_same_loss(program: Any) -> None:
-    """What a user with a loop of their own gets equals what the step gets."""
-    look = lambda params, batch: apply(PLAIN, 0, params, batch)
-    for name in ("pretrain", "minitron_adaptive"):
-        loss = CASES[name].build(3)
-        f = as_loss_fn(look, loss, [teacher(look, "teacher")])
-        call = jax.jit(jax.value_and_grad(f, has_aux=True))
-        (scalar, (means, state)), gradient = call(PARAMS32, {"teacher": TEACHER32}, BATCH, loss.init(PARAMS32), step=STEP)
-        inside = run(name, program)
-        assert_same((scalar, means, state, gradient), (inside.scalar, inside.means, inside.state, inside.gradient))
+def test_the_law_suite_can_fail() -> None:
+    """A mean of micro-batch means, the mistake that weights prevent, differs by far more than the tolerance."""
+    wrong = np.mean([run("next_token", half, variant=ONES).scalar for half in HALVES])
+    assert abs(wrong - run("next_token").scalar) > 1e-4
