@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -77,12 +76,6 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
             source = re.search(r'op_name="([^"]*)"', line)
             found.append(Collective(op, name, operands, _arrays(result), axes, computation in loops, source.group(1) if source else ""))
     return found
-
-
-def load(values: Mapping[str, Any]) -> Collective:
-    """The inverse of `dataclasses.asdict`, through JSON too."""
-    arrays = {name: tuple(Array(a["dtype"], tuple(a["shape"])) for a in values[name]) for name in ("operands", "results")}
-    return Collective(**{**values, **arrays, "axes": tuple(values["axes"])})
 
 
 def select(

@@ -45,7 +45,7 @@ BOUNDS |= {name: st.floats(0, 0.9) for name in ("embedding_dropout", "attention_
 def values(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
     """Any value of a field's type; a new field joins by itself."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if name in BOUNDS:
+    if name in BOUNDS and hint in (int, float):
         return BOUNDS[name]
     if dataclasses.is_dataclass(hint):
         fields = typing.get_type_hints(hint)
@@ -61,14 +61,13 @@ def values(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
     return simple[hint]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(value=values(TrainConfig))
 def test_a_config_survives_json(value: TrainConfig):
     given_back = from_dict(TrainConfig, json.loads(json.dumps(to_dict(value))))
     assert given_back == value
     assert hash(given_back) == hash(value)  # jit takes configs as static arguments: nothing has become a list
     assert config_hash(given_back) == config_hash(value)
-    assert diff(to_dict(value), json.loads(json.dumps(to_dict(value)))) == {}
 
 
 def test_a_config_missing_fields_takes_the_defaults():
@@ -101,7 +100,7 @@ def test_the_hash_leaves_out_how_data_is_read(name: str):
     assert config_hash(TrainConfig(data=data)) == config_hash(TrainConfig())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_the_hash_sees_everything_else(data: st.DataObject):
     name = data.draw(st.sampled_from([f.name for f in dataclasses.fields(TrainConfig) if f.name not in SAME_RUN]))

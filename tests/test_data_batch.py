@@ -120,13 +120,22 @@ def test_windows_of_a_long_document_predict_each_token_once(make):
     assert all(b.positions[0, 0] == 0 for b in got)
 
 
+def test_a_document_too_long_to_encode_at_once_is_whole(make, monkeypatch):
+    from jaxllm.data import chat
+
+    text = "".join(f"line {i}\n" for i in range(60)) + "x" * 99
+    monkeypatch.setattr(chat, "_BATCH_CHARS", 50)
+    got = one(make([text], packing="concatenate", batch_size=1, shuffle=False), len(text) // 16)
+    assert ByteTokenizer().decode(np.concatenate([b.tokens[0] for b in got])) == text[: len(text) // 16 * 16 - 1]
+
+
 def test_an_epoch_holds_every_document_whole(make):
     texts = words(40)
     dataset = batches.load(make(texts, batch_size=1), seed=3)
     found = []
     for item in take(dataset, dataset.num_rows(0)):
-        for segment in range(1, item.batch.segment_ids.max() + 1):
-            found.append(ByteTokenizer().decode(item.batch.labels[item.batch.segment_ids == segment]))
+        segments = item.batch.segment_ids
+        found += [ByteTokenizer().decode(item.batch.labels[segments == n]) for n in range(1, segments.max() + 1)]
     short = [t for t in texts if len(t) < 16]
     assert sorted(t for t in found if t in short) == sorted(short)
     assert sum(map(len, found)) == sum(map(len, texts))
@@ -329,7 +338,7 @@ def test_a_run_carries_its_tokenizer(make, tmp_path):
 
 @pytest.mark.parametrize("tokenizer", [TokenizerConfig(kind="bytes"), TokenizerConfig(vocab_size=300)])
 def test_held_out_text_is_evaluated_to_the_byte_and_never_trained_on(make, tokenizer):
-    texts = [*words(80), "é\u2581 12 " * 9] + words(80, seed=4)
+    texts = [*words(80), "é\u2581 12 " * 9, *words(80, seed=4)]
     config = make(texts[:100], texts[100:], held_out_fraction=0.3, batch_size=4, tokenizer=tokenizer)
     dataset = batches.load(config, seed=0)
     held = list(dataset.held_out_texts())

@@ -27,7 +27,7 @@ print(dataset.fingerprint, any("tokenised" in line for line in said))
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "x.txt"
-    path.write_text("\n".join(f"line {i} " + "of some text " * 40 for i in range(20_000)))
+    path.write_text("\n".join(f"line {i} " + "of some text " * 40 for i in range(6_000)))
     source = SourceConfig(kind="text", path=str(path), document="line")
     return DataConfig(sources=(source,), tokenizer=TokenizerConfig(kind="bytes"), cache_dir=str(tmp_path / "cache"))
 
@@ -49,15 +49,15 @@ def test_a_killed_tokenisation_leaves_nothing_half_written(config, tmp_path):
     assert list(corpora.glob(".*.tmp-*"))
     dataset = batches.load(config, seed=0)
     assert not list(corpora.glob(".*.tmp-*"))
-    assert dataset.describe()["sources"][0]["num_documents"] == 20_000
+    assert dataset.describe()["sources"][0]["num_documents"] == 6_000
 
 
 def test_processes_that_load_at_once_make_one_corpus(config):
-    processes = [start(config) for _ in range(3)]
+    processes = [start(config) for _ in range(2)]
     out = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert [process.returncode for process in processes] == [0, 0]
     assert len({fingerprint for fingerprint, _ in out}) == 1
-    assert sorted(built for _, built in out) == ["False", "False", "True"]
+    assert sorted(built for _, built in out) == ["False", "True"]
 
 
 def test_a_failed_build_leaves_nothing(tmp_path):

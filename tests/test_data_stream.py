@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ def config(tmp_path):
     path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     return lambda **fields: DataConfig(
         sources=(SourceConfig(kind="hf_stream", path=str(path)),), cache_dir=str(tmp_path / "cache"),
-        **{"tokenizer": TokenizerConfig(kind="bytes"), "sequence_length": 16, "batch_size": 3, "shuffle_buffer": 11, "held_out_fraction": 0.0, **fields},
+        **{"tokenizer": TokenizerConfig(kind="bytes"), "sequence_length": 16, "batch_size": 3, "shuffle_buffer": 11,
+           "held_out_fraction": 0.0, **fields},
     )  # fmt: skip
 
 
@@ -61,15 +63,13 @@ def test_resuming_anywhere_gives_the_same_batches(config, fields):
 def test_a_stream_holds_every_document_once_an_epoch(config):
     found = []
     for item in take(config(batch_size=1), 400):
-        for segment in range(1, item.batch.segment_ids.max() + 1):
-            found.append(ByteTokenizer().decode(item.batch.labels[item.batch.segment_ids == segment]))
-    seen = [text for text in found if text in TEXTS]
+        segments = item.batch.segment_ids
+        found += [ByteTokenizer().decode(item.batch.labels[segments == n]) for n in range(1, segments.max() + 1)]
+    counts = Counter(found)
     short = [text for text in TEXTS if len(text) < 16]
-    for epoch in range(2):
-        part = seen[epoch * len(short) : (epoch + 1) * len(short)]
-        # Rows stay open across the epochs' border, so a few documents may trade places with their neighbours.
-        assert len(set(part) ^ set(short)) <= 4
-    assert seen[: len(short)] != [text for text in short]
+    # Rows stay open across the epochs' border, so a document may be ahead of, or behind, the others by one epoch or two.
+    assert 6 > min(counts[text] for text in short) >= max(counts[text] for text in short) - 2 > 0
+    assert [text for text in found if text in short][: len(short)] != short
 
 
 def test_skipped_batches_are_read_and_dropped(config):
@@ -92,7 +92,7 @@ def test_the_head_gives_what_is_held_out(config):
     dataset = batches.load(made, seed=0)
     held = set(dataset.held_out_texts())
     assert 5 < len(held) < 40
-    trained = b"".join(item.batch.labels[item.batch.loss_mask > 0].astype(np.uint16).tobytes() for item in take(made, 60))
+    trained = b"".join(item.batch.labels[item.batch.loss_mask > 0].astype(np.uint16).tobytes() for item in take(made, 200))
     for text in TEXTS:
         assert (np.array([*text.encode()[:3]], np.uint16).tobytes() in trained) == (text not in held)
     assert dataset.num_rows(0) == 0 and dataset.describe()["sources"][0]["head_documents"] == len(TEXTS)

@@ -223,7 +223,9 @@ CASES: dict[str, ModelConfig] = {
         BASE, norm_placement="both", norm="layer", norm_plus_one=True, norm_bias=True, position="none", attention_soft_cap=0.7,
         activation="geglu",
     ),
-    "after_residual rms, embeddings": replace(BASE, norm_placement="after_residual", mlp_bias=True, embedding_scale=2.0, layer_pattern=(LayerKind(window=3),)),
+    "after_residual rms, embeddings": replace(
+        BASE, norm_placement="after_residual", mlp_bias=True, embedding_scale=2.0, layer_pattern=(LayerKind(window=3),)
+    ),
     "after_residual layer, gpt1": replace(BASE, **GPT, norm_placement="after_residual", final_norm=False),
     "parallel before, palm": replace(BASE, block="parallel", norm="layer", num_kv_heads=1, logit_scale=12**-0.5, init="fan_in"),
     "parallel before two norms, neox": replace(
@@ -265,7 +267,11 @@ def random_params(config: ModelConfig) -> Any:
 @cache
 def compiled(config: ModelConfig) -> Any:
     lm = decoder(config)
-    return quick_jit(lambda params, inputs, kw: lm.apply(params, inputs, positions=POSITIONS, segment_ids=SEGMENTS, **kw).hidden)
+    return quick_jit(
+        lambda params, inputs, kw: (
+            lm.apply(params, inputs, positions=jnp.asarray(POSITIONS), segment_ids=jnp.asarray(SEGMENTS), **kw).hidden
+        )
+    )
 
 
 @cache
@@ -347,9 +353,9 @@ def test_segments_and_positions_may_be_left_out():
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits(tied: bool):
     c = replace(BASE, tied_embeddings=tied, logit_scale=0.5, logit_soft_cap=2.0, embedding_scale=7.0)
-    params, hidden = random_params(c), np.random.default_rng(3).normal(size=(2, 3, 12)).astype(np.float32)
+    params, hidden = jax.tree.map(jnp.asarray, random_params(c)), jnp.asarray(np.random.default_rng(3).normal(size=(2, 3, 12)), jnp.float32)
     table = params["embed"]["tokens"] if tied else params["unembed"]["kernel"]
-    want = 2.0 * np.tanh(0.5 * hidden.astype(np.float64) @ table.T.astype(np.float64) / 2.0)
+    want = 2.0 * np.tanh(0.5 * np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T / 2.0)
     np.testing.assert_allclose(decoder(c).unembed(params).logits(hidden), want, atol=1e-5)
     padded = decoder(c).unembed(sharding.pad_vocab(params, 8)).logits(hidden)
     np.testing.assert_allclose(padded[..., :19], want, atol=1e-5)
@@ -389,7 +395,7 @@ def test_rope(rope: RopeConfig):
     q, k = rng.normal(size=(2, 1, 6, 2, H)).astype(np.float32)
 
     def turned(x: np.ndarray, shift: int) -> np.ndarray:
-        return np.asarray(rotate(x, rope_tables(rope, H, np.arange(6)[None] + shift)))
+        return np.asarray(rotate(jnp.asarray(x), rope_tables(rope, H, jnp.arange(6)[None] + shift)))
 
     np.testing.assert_allclose(turned(q, 3)[0], ref_rotate(rope, q[0].astype(np.float64), np.arange(6) + 3), atol=1e-5)
     scores = np.einsum("btnh,bsnh->bnts", turned(q, 0), turned(k, 0))
@@ -473,7 +479,7 @@ TAPPED = replace(BASE, layer_pattern=(LayerKind(window=2), LayerKind()))
 def tapped() -> tuple[np.ndarray, Any]:
     lm = decoder(TAPPED)
     tokens = np.random.default_rng(6).integers(1, 19, (2, 9)).astype(np.int32)
-    return tokens, quick_jit(lambda p: lm.apply(p, tokens, taps=TAPS))(random_params(TAPPED))
+    return tokens, quick_jit(lambda p: lm.apply(p, jnp.asarray(tokens), taps=TAPS))(random_params(TAPPED))
 
 
 def test_taps_have_names_and_shapes():
@@ -499,7 +505,7 @@ def test_taps_are_in_the_order_of_the_layers():
 
 def test_an_unknown_tap_is_refused():
     with pytest.raises(ConfigError, match=r"no tap 'block_outptu'.*did you mean 'block_output'"):
-        decoder(BASE).apply(random_params(BASE), np.zeros((1, 2), np.int32), taps=("block_outptu",))
+        decoder(BASE).apply(random_params(BASE), jnp.zeros((1, 2), int), taps=("block_outptu",))
 
 
 # --------------------------------------------------------------------------------- rows of the papers
@@ -570,8 +576,8 @@ def test_dot_sees_every_projection_and_the_head():
     c = replace(BASE, cross_attention=True)
     lm = decoder(c, dot=spy)
     params = random_params(c)
-    memory = np.zeros((1, 3, c.width), np.float32)
-    jax.eval_shape(lambda: lm.unembed(params).logits(lm.apply(params, np.zeros((1, 2), np.int32), memory=memory).hidden))
+    memory = jnp.zeros((1, 3, c.width))
+    jax.eval_shape(lambda: lm.unembed(params).logits(lm.apply(params, jnp.zeros((1, 2), int), memory=memory).hidden))
     attention = {f"{kind}/{name}" for kind in ("attention", "cross_attention") for name in "qkvo"}
     assert set(seen) == attention | {"mlp/gate", "mlp/up", "mlp/down", "unembed"}
     assert {f"layers/{name}/kernel" for name in set(seen) - {"unembed"}} == {p for p in tree.paths(params) if p.endswith("kernel")}
@@ -597,7 +603,7 @@ def test_leaves_beside_a_kernel_reach_dot_and_reparam_layer_by_layer():
     merged = tree.map_with_path(lambda path, leaf: leaf + a @ b if path == "layers/mlp/up/kernel" else leaf, base)
     want = ref_hidden(c, merged, tokens[0], np.arange(9), np.ones(9))
     for lm in (decoder(c, dot=dot), decoder(c, reparam=reparam)):
-        hidden = quick_jit(lambda p, lm=lm: lm.apply(p, tokens).hidden)(with_leaves)
+        hidden = quick_jit(lambda p, lm=lm: lm.apply(p, jnp.asarray(tokens)).hidden)(with_leaves)
         np.testing.assert_allclose(hidden[0], want, rtol=5e-5, atol=5e-5)
 
 
@@ -609,7 +615,7 @@ DROPPING = replace(BASE, num_layers=2, num_kv_heads=1, width=8, position="none",
 @cache
 def value_and_gradient(remat: Any = "none", unroll: int = 1) -> tuple[np.ndarray, Any]:
     lm = decoder(DROPPING, remat=remat, unroll=unroll)
-    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    tokens = jnp.arange(12).reshape(2, 6)
 
     def loss(params: Any) -> Any:
         hidden = lm.apply(params, tokens, key=jax.random.key(3)).hidden
@@ -630,7 +636,7 @@ def test_remat_and_unroll_change_nothing(remat: str, unroll: int):
 
 
 def test_dropout_keeps_the_mean_and_drops_its_share():
-    x = np.full((200, 200), 3.0, np.float32)
+    x = jnp.full((200, 200), 3.0)
     y = np.asarray(dropout(x, 0.3, jax.random.key(1)))
     assert set(np.unique(y)) == {0.0, np.float32(3.0 / 0.7)}
     assert y.mean() == pytest.approx(3.0, rel=0.02)
@@ -673,7 +679,7 @@ def test_dropout_draws_anew_for_every_layer_and_branch():
 
 def test_without_a_key_there_is_no_dropout():
     def program(c: ModelConfig) -> str:
-        return str(jax.make_jaxpr(lambda p: decoder(c).apply(p, np.zeros((1, 3), np.int32)).hidden)(random_params(c)))
+        return str(jax.make_jaxpr(lambda p: decoder(c).apply(p, jnp.zeros((1, 3), int)).hidden)(random_params(c)))
 
     assert program(replace(BASE, embedding_dropout=0.5, residual_dropout=0.5, attention_dropout=0.5)) == program(BASE)
 
@@ -684,4 +690,4 @@ def test_without_a_key_there_is_no_dropout():
 def test_a_row_longer_than_the_learned_positions_is_refused():
     c = replace(BASE, position="learned", max_length=4)
     with pytest.raises(ConfigError, match=r"5 tokens.*learned positions for 4"):
-        decoder(c).apply(random_params(c), np.zeros((1, 5), np.int32))
+        decoder(c).apply(random_params(c), jnp.zeros((1, 5), int))

@@ -94,7 +94,7 @@ def test_released_configs_are_the_rows_of_our_table(name: str):
 
 _BASE = ModelConfig(num_layers=3, width=12, num_heads=6, num_kv_heads=2, head_size=4, ff_width=20, vocab_size=23, max_length=32,
                     tied_embeddings=False, norm_eps=1e-5)  # fmt: skip
-_LAYER = replace(_BASE, norm="layer", norm_bias=True, activation="gelu_tanh", num_heads=3, num_kv_heads=3,
+_LAYER = replace(_BASE, norm="layer", norm_bias=True, activation="gelu_tanh", num_heads=2, num_kv_heads=2, head_size=6,
                  qkv_bias=True, attention_out_bias=True, mlp_bias=True)  # fmt: skip
 _LOCAL = LayerKind(window=5, rope=RopeConfig(base=100.0))
 _GEMMA = replace(_BASE, norm_placement="both", norm_plus_one=True, activation="geglu_tanh", embedding_scale=12**0.5,
@@ -104,7 +104,7 @@ _LLAMA3 = RopeConfig(base=500.0, scaling="llama3", factor=8.0, original_max_leng
 SMALL: dict[str, ModelConfig] = {  # each family with as many of its options at unusual values as it has
     "openai-gpt": replace(_LAYER, norm_placement="after_residual", final_norm=False, position="learned", ff_width=48, tied_embeddings=True),
     "gpt2": replace(_LAYER, position="learned", attention_scale=1.0, activation="gelu"),
-    "gpt_neox": replace(_LAYER, block="parallel", parallel_norms=2, activation="gelu", rope=replace(_YARN, fraction=0.5)),
+    "gpt_neox": replace(_LAYER, block="parallel", parallel_norms=2, activation="gelu", rope=replace(_YARN, fraction=2 / 3)),
     "mpt": replace(_LAYER, norm_bias=False, position="alibi", activation="gelu", ff_width=48, tied_embeddings=True, attention_scale=0.3,
                    qkv_bias=False, attention_out_bias=False, mlp_bias=False),
     "llama": replace(_BASE, rope=_LLAMA3, qkv_bias=True, attention_out_bias=True, mlp_bias=True, activation="geglu"),
@@ -187,18 +187,18 @@ def entries(family: str, name: str, *paths: str) -> tuple[np.ndarray, list[np.nd
 def test_neox_interleaves_q_k_v_by_head():
     fused, (q, k, v) = entries("gpt_neox", "gpt_neox.layers.1.attention.query_key_value.weight",
                                *(f"layers/attention/{n}/kernel" for n in "qkv"))  # fmt: skip
-    for n in range(3):
+    for n in range(2):
         for part, kernel in enumerate((q, k, v)):
-            for h in range(4):
-                assert np.array_equal(fused[n * 12 + part * 4 + h], kernel[:, n, h])
+            for h in range(6):
+                assert np.array_equal(fused[n * 18 + part * 6 + h], kernel[:, n, h])
 
 
 def test_gpt2_kernels_are_in_by_out_and_q_k_v_follow_each_other():
     fused, (q, k, v) = entries("gpt2", "transformer.h.1.attn.c_attn.weight", *(f"layers/attention/{n}/kernel" for n in "qkv"))
     bias, biases = entries("gpt2", "transformer.h.1.attn.c_attn.bias", *(f"layers/attention/{n}/bias" for n in "qkv"))
     for part, (kernel, own) in enumerate(zip((q, k, v), biases, strict=True)):
-        assert np.array_equal(fused[:, part * 12 + 2 * 4 + 1], kernel[:, 2, 1])
-        assert bias[part * 12 + 2 * 4 + 1] == own[2, 1]
+        assert np.array_equal(fused[:, part * 12 + 1 * 6 + 4], kernel[:, 1, 4])
+        assert bias[part * 12 + 1 * 6 + 4] == own[1, 4]
     down, (kernel,) = entries("gpt2", "transformer.h.1.mlp.c_proj.weight", "layers/mlp/down/kernel")
     assert np.array_equal(down, kernel)
 

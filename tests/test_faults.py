@@ -177,7 +177,9 @@ def several(text: Path, *arguments: str, processes: int = 2, devices: int = 4) -
         port = probe.getsockname()[1]
     shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
     return [
-        Run("train", str(Path(__file__).parent / "tiny.py"), *arguments, text=text, devices=devices, env=shared | {"JAX_PROCESS_ID": str(i)})
+        Run(
+            "train", str(Path(__file__).parent / "tiny.py"), *arguments, text=text, devices=devices, env=shared | {"JAX_PROCESS_ID": str(i)}
+        )
         for i in range(processes)
     ]
 

@@ -27,7 +27,7 @@ NUM = 6
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles() -> Iterator[None]:
     """The generator jits for itself: spare LLVM's effort here, half the time to compile."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -152,9 +152,8 @@ def test_llama_cpps_strings_come_back(trained):
 
 @needs_data
 def test_wikitext_comes_back(trained):
-    folder = Path(DATA) / "wikitext2"
-    path = next(p for p in sorted(folder.iterdir()) if p.stat().st_size > 100_000)
-    text = (gzip.open(path, "rt").read() if path.suffix == ".gz" else path.read_text())[:200_000]
+    with gzip.open(Path(DATA) / "wikitext2" / "wiki.valid.tokens.gz", "rt") as file:
+        text = file.read(200_000)
     assert trained.decode(trained.encode(text)) == text
 
 
@@ -165,9 +164,9 @@ def test_errors_name_the_fix(tmp_path, tiny_hugging_face):
     with pytest.raises(ConfigError, match="is not a SentencePiece model"):
         tokenizers.load(tmp_path / "x.model")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is not a Hugging Face tokenizer"):
+    with pytest.raises(ConfigError, match=r"is not a Hugging Face tokenizer"):
         tokenizers.load(tmp_path)
-    with pytest.raises(ConfigError, match="set data.tokenizer.kind to 'huggingface'"):
+    with pytest.raises(ConfigError, match=r"set data.tokenizer.kind to 'huggingface'"):
         tokenizers.from_config(TokenizerConfig(kind="sentencepiece", path=str(tiny_hugging_face)))
     with pytest.raises(ConfigError, match=r"needs data.tokenizer.path"):
         tokenizers.from_config(TokenizerConfig(kind="huggingface"))

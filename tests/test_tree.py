@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm import tree
@@ -26,6 +26,7 @@ SHAPES: dict[str, Any] = {
 }
 
 
+@settings(max_examples=30, deadline=None)
 @given(value=TREES)
 def test_items_and_back(value: tree.Tree):
     assert tree.from_items(tree.items(value)) == value
@@ -33,6 +34,7 @@ def test_items_and_back(value: tree.Tree):
     assert all(tree.get(value, path) == leaf for path, leaf in tree.items(value))
 
 
+@settings(max_examples=30, deadline=None)
 @given(value=TREES, kept=st.sets(st.integers(0, 20)))
 def test_merge_puts_a_partition_together(value: tree.Tree, kept: set[int]):
     chosen = {path for i, path in enumerate(tree.paths(value)) if i in kept}
@@ -49,6 +51,7 @@ def test_merge_refuses_a_leaf_in_both():
         tree.merge({"a": {"b": 1}}, {"a": {"b": 2}})
 
 
+@settings(max_examples=30, deadline=None)
 @given(value=TREES)
 def test_map_keeps_the_structure(value: tree.Tree):
     assert tree.map_with_path(lambda path, leaf: leaf, value) == value

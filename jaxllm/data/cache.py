@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +25,7 @@ from jaxllm.config import ConfigError, DataConfig
 
 _BLOCK_BYTES = 1 << 22
 _RACY_SECONDS = 2.0
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def root(config: DataConfig) -> Path:
@@ -80,6 +82,8 @@ def folder(target: Path, build: Callable[[Path], object]) -> Path:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
         raise ConfigError(
             f"cannot write {error.filename or target} ({error.strerror}); free some space or set data.cache_dir to another disk"
         ) from error

@@ -13,9 +13,9 @@ separates turns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import jinja2.sandbox
@@ -24,6 +24,8 @@ import numpy as np
 from jaxllm.config import ConfigError
 from jaxllm.data.source import Document
 from jaxllm.data.tokenizer import Tokenizer
+
+_BATCH_CHARS = 1 << 22
 
 
 class Piece(NamedTuple):
@@ -55,28 +57,49 @@ def encode(documents: Sequence[Document], tokenizer: Tokenizer, loss_on: str) ->
         raise ConfigError(
             "the tokenizer has no eos token to end documents with; name one as eos_token in a tokenizer_config.json beside it"
         )
-    split = [pieces(document, tokenizer.chat_template, loss_on) for document in documents]
-    ids: dict[bool, Any] = {
-        special: iter(tokenizer.encode_batch([p.text for ps in split for p in ps if p.special is special], special=special))
-        for special in (False, True)
-    }
-    out = []
-    for parts in split:
-        tokens: list[int] = []
-        loss: list[bool] = []
-        for piece in parts:
-            new = next(ids[piece.special]) + [tokenizer.eos_id] * piece.ends
-            tokens += new
-            loss += [piece.loss] * len(new)
-        if tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
-            tokens.insert(0, tokenizer.bos_id)
-            loss.insert(0, False)
-        if tokens[-1:] != [tokenizer.eos_id]:
-            tokens.append(tokenizer.eos_id)
-            loss.append(not parts or parts[-1].loss)
-        everything = all(piece.loss for piece in parts)
-        out.append(Encoded(np.asarray(tokens, np.uint32), None if everything else np.asarray(loss, bool)))
-    return out
+    split = [[part for piece in pieces(document, tokenizer.chat_template, loss_on) for part in _parts(piece)] for document in documents]
+    ids = {special: _ids(tokenizer, [p.text for ps in split for p in ps if p.special is special], special) for special in (False, True)}
+    return [_join([(part, next(ids[part.special])) for part in parts], tokenizer) for parts in split]
+
+
+def _ids(tokenizer: Tokenizer, texts: Sequence[str], special: bool) -> Iterator[np.ndarray]:
+    """Each text's ids, encoding a few MB at a time: lists of ids take ten times the room of arrays."""
+    start = 0
+    while start < len(texts):
+        end, chars = start, 0
+        while end < len(texts) and chars < _BATCH_CHARS:
+            chars += len(texts[end])
+            end += 1
+        yield from (np.asarray(ids, np.uint32) for ids in tokenizer.encode_batch(texts[start:end], special=special))
+        start = end
+
+
+def _parts(piece: Piece) -> Iterator[Piece]:
+    """The piece, or a very long one cut after newlines."""
+    start = 0
+    while len(piece.text) - start > _BATCH_CHARS:
+        newline = piece.text.rfind("\n", start, start + _BATCH_CHARS)
+        end = newline + 1 if newline >= start else start + _BATCH_CHARS
+        yield piece._replace(text=piece.text[start:end], ends=False)
+        start = end
+    yield piece._replace(text=piece.text[start:])
+
+
+def _join(parts: Sequence[tuple[Piece, np.ndarray]], tokenizer: Tokenizer) -> Encoded:
+    """One document: bos, the parts, eos; neither twice."""
+    assert tokenizer.eos_id is not None
+    runs: list[tuple[np.ndarray, bool]] = []
+    eos = np.array([tokenizer.eos_id], np.uint32)
+    for part, ids in parts:
+        runs += [(ids, part.loss), (eos, part.loss)] if part.ends else [(ids, part.loss)]
+    if tokenizer.bos_id is not None and runs[0][0][:1].tolist() != [tokenizer.bos_id]:
+        runs.insert(0, (np.array([tokenizer.bos_id], np.uint32), False))
+    if runs[-1][0][-1:].tolist() != [tokenizer.eos_id]:
+        runs.append((eos, parts[-1][0].loss))
+    ids = np.concatenate([run for run, _ in runs])
+    if all(part.loss for part, _ in parts):
+        return Encoded(ids, None)
+    return Encoded(ids, np.concatenate([np.full(len(run), loss) for run, loss in runs]))
 
 
 def pieces(document: Document, template: str | None, loss_on: str) -> list[Piece]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import inspect
+import json
 import platform
 import re
+import subprocess
 import sys
 import sysconfig
 import tokenize
@@ -24,10 +25,9 @@ from jaxllm.data.source import Document
 
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
 _GENERATED = re.compile(
-    r"(?i)auto-?generated|generated from|(file|tables) (is|was|were|are) (automatically )?generated|configuration generated"
+    "(?i)auto-?generated|generated from|(file|tables) (is|was|were|are) (automatically )?generated|configuration generated"
+    "|Character Mapping Codec"
 )
-# Importing these has an effect (a terminal is set up, a window opens), or they exist for CPython's own tests.
-_NOT_IMPORTED = re.compile(r"readline|_?xx.*|_test.*|_ctypes_test|antigravity|this")
 
 
 class Stdlib:
@@ -80,34 +80,15 @@ def _sources() -> Iterator[Document]:
 
 
 def _compiled_modules() -> Iterator[Document]:
-    folders = [Path(path) for path in sys.path if path.endswith("lib-dynload")]
-    found = {path.name.split(".")[0] for folder in folders for path in folder.glob("*") if path.suffix in (".so", ".pyd")}
-    for name in sorted(found | set(sys.builtin_module_names)):
-        if _NOT_IMPORTED.fullmatch(name):
-            continue
-        try:
-            module = importlib.import_module(name)
-        except ImportError:  # built without the C library it wraps
-            continue
-        entries = [f"{name}\n\n{inspect.cleandoc(module.__doc__)}"] if module.__doc__ else []
-        for attribute, value in sorted(vars(module).items()):
-            entries += _docstrings(f"{name}.{attribute}", value, name)
-        if entries:
-            yield Document(text="\n\n\n".join(entries) + "\n", split_key=_twin(name))
-
-
-def _docstrings(name: str, value: Any, module: str) -> Iterator[str]:
-    """`name(signature)` and docstring of a compiled function or class, and of the class's own members."""
-    is_class = isinstance(value, type) and value.__module__ in (module, module.lstrip("_"))
-    is_member = inspect.isbuiltin(value) or inspect.ismethoddescriptor(value) or inspect.isdatadescriptor(value)
-    text = getattr(value, "__doc__", None)
-    if (is_class or is_member) and isinstance(text, str) and text:
-        signature = re.sub(r"\$module(, )?|\$", "", getattr(value, "__text_signature__", None) or "")
-        yield f"{name}{signature}\n\n{inspect.cleandoc(text)}"
-    if is_class:
-        for attribute, member in sorted(vars(value).items()):
-            if not attribute.startswith("__"):
-                yield from _docstrings(f"{name}.{attribute}", member, module)
+    """In an interpreter of its own: this one may have imported or patched anything."""
+    script = Path(__file__).with_name("docstrings.py")
+    out = subprocess.run([sys.executable, "-I", "-S", str(script)], capture_output=True, text=True, encoding="utf-8")
+    if out.returncode:
+        raise ConfigError(
+            f"the docstrings of this Python's compiled modules cannot be read: {(out.stderr.splitlines() or ['no message'])[-1]}"
+        )
+    for name, text in json.loads(out.stdout):
+        yield Document(text=text, split_key=_twin(name))
 
 
 def _topics() -> Iterator[Document]:

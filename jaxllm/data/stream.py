@@ -12,8 +12,10 @@ import base64
 import copy
 import glob
 import importlib
+import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ type State = dict[str, Any]
 
 _NUM_OPEN = 64
 """Rows that the packer keeps open: they are part of every checkpoint."""
+_UNSHUFFLED_BLOCK = 1000
 
 
 class Head:
@@ -40,7 +43,7 @@ class Head:
     def __init__(self, config: SourceConfig, num_documents: int, num_bytes: int) -> None:
         self.name, self.config = f"hf_stream:{config.path}", config
         self._documents: list[Document] = []
-        for document, _ in read(config, None):
+        for document in Reader(config).documents(None):
             self._documents.append(document)
             num_bytes -= len(document.content.encode())
             if len(self._documents) >= num_documents and num_bytes <= 0:
@@ -60,18 +63,32 @@ class Head:
         return {"path": self.config.path, "head_hash": self.fingerprint, "head_documents": len(self)}
 
 
-def read(config: SourceConfig, state: State | None) -> Iterator[tuple[Document, Callable[[], State]]]:
-    """(document, state from which the one after it is read) to the end of the stream.
+class Reader:
+    """An opened stream, which can go back to a state that it gave.
 
     Raises:
-      ConfigError: no such data set or file, a record without the field.
+      ConfigError: no such data set or file.
     """
-    dataset = _open(config)
-    if state is not None:
-        dataset.load_state_dict(copy.deepcopy(state))
-    for number, record in enumerate(dataset):
-        where = lambda number=number: f"'{config.path}' document {number + 1}{' after the resumed position' if state else ''}"
-        yield from_record(record, config, where), lambda: copy.deepcopy(dataset.state_dict())
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+        self._dataset = _open(config)
+        self._beginning = copy.deepcopy(self._dataset.state_dict())
+
+    def documents(self, state: State | None) -> Iterator[Document]:
+        """From `state`, or the beginning, to the end.
+
+        Raises:
+          ConfigError: a record without the field.
+        """
+        self._dataset.load_state_dict(copy.deepcopy(state or self._beginning))
+        for number, record in enumerate(self._dataset):
+            where = lambda number=number: f"'{self.config.path}' document {number + 1}{' after the resumed position' if state else ''}"
+            yield from_record(record, self.config, where)
+
+    def state(self) -> State:
+        """Where the document after the last one given begins."""
+        return copy.deepcopy(self._dataset.state_dict())
 
 
 def _open(config: SourceConfig) -> Any:
@@ -80,17 +97,17 @@ def _open(config: SourceConfig) -> Any:
     except ImportError as error:
         raise ConfigError(f"an hf_stream source needs Hugging Face datasets ({error}); pip install 'jaxllm[stream]'") from None
     is_file = config.path.endswith((".jsonl", ".json", ".jsonl.gz"))
-    if is_file and not glob.glob(config.path):
+    files = sorted(glob.glob(os.path.expanduser(config.path))) if is_file else []
+    if is_file and not files:
         raise ConfigError(f"data path '{config.path}' has no files (looked in {Path(config.path).parent.absolute()})")
-    name, _, split = (config.path, "", "") if is_file else config.path.partition(":")
+    name, _, split = config.path.partition(":")
     try:
-        if is_file:
-            return library.load_dataset("json", data_files=config.path, split="train", streaming=True)
+        if is_file:  # not load_dataset, which would ask the hub about a local file
+            return library.Dataset.from_json(files, split="train", streaming=True)
         return library.load_dataset(name, split=split or "train", streaming=True)
     except Exception as error:  # the library's own, its dependencies' and the network's
-        raise ConfigError(
-            f"the stream '{config.path}' cannot be opened ({str(error).splitlines()[0]}); give 'name[:split]' or a .jsonl file"
-        ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"the stream '{config.path}' cannot be opened ({reason}); give 'name[:split]' or a .jsonl file") from None
 
 
 # ----------------------------------------------------------------------------------------- packing
@@ -142,7 +159,7 @@ class Packer:
         if _size(row) == self._capacity or self._packing == "none":
             self._close(row)
         elif len(self.open) > _NUM_OPEN:
-            self._close(max(self.open, key=_size))
+            self._close(self.open[0])  # the oldest: no document waits for ever
 
     def _close(self, row: list[Part]) -> None:
         self.open = [other for other in self.open if other is not row]
@@ -218,33 +235,23 @@ class Stream:
         return [ready.popleft() for _ in range(num_rows)]
 
     def _read(self) -> Iterator[Encoded]:
-        source = self.config.sources[0]
+        source, reader = self.config.sources[0], Reader(self.config.sources[0])
+        size = max(1, self.config.shuffle_buffer) if self.config.shuffle else _UNSHUFFLED_BLOCK
         while True:
-            documents = read(source, self._begins)
-            found = self._used > 0
-            for block, ends in _blocks(documents, max(1, self.config.shuffle_buffer if self.config.shuffle else 1000)):
+            whole_epoch, num_kept = self._begins is None and self._used == 0, 0
+            documents = reader.documents(self._begins)
+            while block := list(islice(documents, size)):
+                ends = reader.state()
                 order = np.arange(len(block))
                 if self.config.shuffle:
                     order = permute(order, len(block), combine(self._seed, self._epoch, self._block))
                 hashes = np.array([split_hash(document) for document in block], np.uint64)
                 kept = order[~held_out_by_hash(hashes[order], self._fraction)]
-                found = found or len(kept) > 0
+                num_kept += len(kept)
                 for encoded in encode([block[i] for i in kept[self._used :]], self._tokenizer, source.loss_on):
                     self._used += 1
                     yield encoded
                 self._block, self._used, self._begins = self._block + 1, 0, ends
-            if not found and self._begins is None:
+            if whole_epoch and not num_kept:
                 raise ConfigError(f"all documents of the stream '{source.path}' are held out; lower data.held_out_fraction")
             self._epoch, self._block, self._used, self._begins = self._epoch + 1, 0, 0, None
-
-
-def _blocks(documents: Iterator[tuple[Document, Callable[[], State]]], size: int) -> Iterator[tuple[list[Document], State]]:
-    """(documents, reader state behind them) of each block; the last one may be short."""
-    block: list[Document] = []
-    for document, state in documents:
-        block.append(document)
-        if len(block) == size:
-            yield block, state()
-            block = []
-    if block:
-        yield block, state()

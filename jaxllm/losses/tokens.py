@@ -175,11 +175,6 @@ def accuracy() -> TokenLoss:
     return lambda view: (view.label_logit() >= jnp.max(view.logits(), axis=-1)).astype(jnp.float32)
 
 
-def log_z() -> TokenLoss:
-    """log Z: a metric, to be used with coefficient 0.0."""
-    return lambda view: view.log_z()
-
-
 def _check_same_vocab(view: View, teacher: str) -> None:
     if view.num_vocab(teacher) != view.num_vocab():
         raise ConfigError(

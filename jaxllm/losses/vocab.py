@@ -180,7 +180,6 @@ class _Given(NamedTuple):
 
 
 class _Result(NamedTuple):
-    scalar: Scalar
     totals: Float[Array, " terms"]
     d_hidden: Float[Array, "B T D"] | None
     """None where nobody asked for it."""
@@ -199,8 +198,8 @@ def _fields(obs: Obs) -> dict[str, Array]:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pass(plan: _Plan, hidden: Array, unembedding: Unembedding, given: _Given) -> tuple[Scalar, Array]:
     nothing = (False, [False] * len(jax.tree.leaves(unembedding)))
-    result = _on_mesh(plan, nothing, hidden, unembedding, given)
-    return result.scalar, result.totals
+    totals = _on_mesh(plan, nothing, hidden, unembedding, given).totals
+    return _weighted(plan, given, totals), totals
 
 
 def _pass_forward(plan: _Plan, hidden: Any, unembedding: Any, given: Any) -> tuple[tuple[Scalar, Array], Any]:
@@ -210,9 +209,10 @@ def _pass_forward(plan: _Plan, hidden: Any, unembedding: Any, given: Any) -> tup
     leaves, structure = jax.tree.flatten(unembedding, is_leaf=is_argument)
     trains = bool(plan.trained)
     wanted = (trains and hidden.perturbed, [trains and leaf.perturbed for leaf in leaves])
-    result = _on_mesh(plan, wanted, value(hidden), value(unembedding), value(given))
+    given = value(given)
+    result = _on_mesh(plan, wanted, value(hidden), value(unembedding), given)
     d_leaves = [g if g is None else g.astype(leaf.value.dtype) for g, leaf in zip(result.d_leaves, leaves, strict=True)]
-    return (result.scalar, result.totals), (result.d_hidden, jax.tree.unflatten(structure, d_leaves))
+    return (_weighted(plan, given, result.totals), result.totals), (result.d_hidden, jax.tree.unflatten(structure, d_leaves))
 
 
 def _pass_backward(plan: _Plan, gradients: Any, cotangents: tuple[Any, Any]) -> tuple[Any, Any, None]:
@@ -225,6 +225,11 @@ def _pass_backward(plan: _Plan, gradients: Any, cotangents: tuple[Any, Any]) -> 
 
 
 _pass.defvjp(_pass_forward, _pass_backward, symbolic_zeros=True)
+
+
+def _weighted(plan: _Plan, given: _Given, totals: Float[Array, " terms"]) -> Scalar:
+    """sum over terms that are trained of factor * total."""
+    return sum((given.factors[i] * totals[i] for i in plan.trained), jnp.zeros(()))
 
 
 def _on_mesh(plan: _Plan, wanted: tuple[bool, list[bool]], hidden: Array, unembedding: Unembedding, given: _Given) -> _Result:
@@ -245,13 +250,13 @@ def _on_mesh(plan: _Plan, wanted: tuple[bool, list[bool]], hidden: Array, unembe
         # A kernel's gradient leaves as one sum per shard, to be reduced and scattered at once outside.
         reduce = lambda g, kernel: None if g is None else sharding.constrain(g[None], ". V .") if kernel else jax.lax.psum(g, axes)
         d_leaves = list(map(reduce, result.d_leaves, kernels))
-        return _Result(jax.lax.psum(result.scalar, axes), jax.lax.psum(result.totals, axes), result.d_hidden, d_leaves)
+        return _Result(jax.lax.psum(result.totals, axes), result.d_hidden, d_leaves)
 
     by_row: Any = P(axes)
     whole: Any = P()
     given_specs = _Given(dict.fromkeys(given.fields, by_row), jax.tree.map(lambda _: whole, given.unembeddings), whole)
     d_leaves = [(by_row if kernel else whole) if want else None for want, kernel in zip(wanted[1], kernels, strict=True)]
-    out_specs = _Result(whole, whole, by_row if wanted[0] else None, d_leaves)
+    out_specs = _Result(whole, by_row if wanted[0] else None, d_leaves)
     run = jax.shard_map(local, in_specs=(by_row, whole, given_specs), out_specs=out_specs, axis_names=set(axes))
     result = run(hidden, unembedding, given)
     finish = lambda g, kernel: _reduce_scatter(g, axes) if g is not None and kernel else g
@@ -322,13 +327,13 @@ def _one_chunk(plan: _Plan, wanted: tuple[bool, list[bool]], hidden: Array, unem
         student = replace(unembedding, dot=lambda *_: products)
         view = View({**given.fields, f"hidden/{STUDENT}": hidden}, {**given.unembeddings, STUDENT: student})
         totals = jnp.stack([_masked_sum(loss(view), view.mask) for _, loss in plan.terms])
-        return sum((given.factors[i] * totals[i] for i in plan.trained), jnp.zeros(())), totals
+        return _weighted(plan, given, totals), totals
 
     if not wanted[0] and not any(wanted[1]):
-        return _Result(*value(products), None, [None] * len(wanted[1]))
+        return _Result(value(products)[1], None, [None] * len(wanted[1]))
     scalar, back, totals = jax.vjp(value, products, has_aux=True)
     (d_products,) = back(jnp.ones_like(scalar))
-    return _Result(scalar, totals, *pull(d_products))
+    return _Result(totals, *pull(d_products))
 
 
 def _head(
@@ -345,12 +350,12 @@ def _head(
     if dtype := _plain(unembedding):
 
         def pull(d: Array) -> tuple[Array | None, list[Array | None]]:
-            d, kernel = d.astype(dtype), unembedding.leaves["kernel"].astype(dtype)
-            d_hidden = jnp.einsum("BTV,VD->BTD", d, kernel, preferred_element_type=jnp.float32).astype(hidden.dtype) if wanted[0] else None
+            d, dot = d.astype(dtype), unembedding.dot
+            d_hidden = dot("unembed", "BTV,VD->BTD", d, unembedding.leaves).astype(hidden.dtype) if wanted[0] else None
             if not wanted[1][0]:
                 return d_hidden, [None]
             across = jax.lax.optimization_barrier(hidden.astype(dtype).reshape(-1, hidden.shape[-1]).T)
-            return d_hidden, [jnp.dot(across, d.reshape(-1, d.shape[-1]), preferred_element_type=jnp.float32)]
+            return d_hidden, [dot("unembed", "DM,MV->DV", across, {"kernel": d.reshape(-1, d.shape[-1])})]
 
         return bare(unembedding).logits(hidden), pull
 
