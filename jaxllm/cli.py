@@ -41,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if traceback:
             raise
-        return _explain(error)
+        status = _explain(error)
+        if "jax" in sys.modules:
+            from jaxllm import hosts
+
+            hosts.leave(status)
+        return status
 
 
 def _explain(error: Exception) -> int:

@@ -84,6 +84,13 @@ def test_concatenated_sources_give_every_row_once_an_epoch(key):
     assert order.epoch_rows(1) == 16
 
 
+def test_every_epoch_and_source_has_an_order_of_its_own():
+    made = config(2, mixture="weighted")
+    places = Order(made, lambda source, epoch: 20, 1).places(np.arange(80))
+    orders = {tuple(places.row[(places.source == s) & (places.epoch == e)].tolist()) for s in range(2) for e in range(2)}
+    assert len(orders) == 4 and all(sorted(order) == list(range(20)) for order in orders)
+
+
 def test_weighted_sources_run_through_their_own_epochs():
     order = Order(config(3, mixture="weighted"), sizes_of, 1)
     places = order.places(np.arange(300))

@@ -575,7 +575,7 @@ def test_dot_sees_every_projection_and_the_head():
 
     c = replace(BASE, cross_attention=True)
     lm = decoder(c, dot=spy)
-    params = random_params(c)
+    params = jax.tree.map(jnp.asarray, random_params(c))
     memory = jnp.zeros((1, 3, c.width))
     jax.eval_shape(lambda: lm.unembed(params).logits(lm.apply(params, jnp.zeros((1, 2), int), memory=memory).hidden))
     attention = {f"{kind}/{name}" for kind in ("attention", "cross_attention") for name in "qkvo"}
@@ -690,4 +690,4 @@ def test_without_a_key_there_is_no_dropout():
 def test_a_row_longer_than_the_learned_positions_is_refused():
     c = replace(BASE, position="learned", max_length=4)
     with pytest.raises(ConfigError, match=r"5 tokens.*learned positions for 4"):
-        decoder(c).apply(random_params(c), jnp.zeros((1, 5), int))
+        jax.eval_shape(lambda p: decoder(c).apply(p, jnp.zeros((1, 5), int)), random_params(c))

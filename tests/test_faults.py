@@ -6,14 +6,14 @@ import json
 import os
 import random
 import resource
-import shutil
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.runs import SIGINT, SIGKILL, SIGTERM, Run, corpus, digest, losses, train, train_until
+from tests.runs import SIGINT, SIGKILL, SIGTERM, TINY, Run, corpus, digest, losses, train, train_until
 
 pytestmark = pytest.mark.fault
 
@@ -76,7 +76,7 @@ def test_killed_twenty_times_ends_with_the_same_bits(text: Path, tmp_path: Path)
     chance, run_dir = random.Random(0), tmp_path / "run"
     kills = 0
     while kills < 20:
-        run = Run("train", str(Path(__file__).parent / "tiny.py"), *args, str(run_dir), text=text)
+        run = Run("train", TINY, *args, str(run_dir), text=text)
         run.wait_for(r"step +\d+/|this run is finished")
         time.sleep(chance.uniform(0.0, 1.0))
         run.kill(SIGKILL)
@@ -88,7 +88,7 @@ def test_killed_twenty_times_ends_with_the_same_bits(text: Path, tmp_path: Path)
 
 def test_a_second_signal_ends_at_once_and_harms_nothing(text: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
     args = ("--run_dir", str(tmp_path / "run"))
-    run = Run("train", str(Path(__file__).parent / "tiny.py"), *args, text=text)
+    run = Run("train", TINY, *args, text=text)
     run.wait_for(r"step +8/")
     run.kill(SIGTERM)
     run.kill(SIGTERM)
@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(text: Path, unbroken: dict
     def limit() -> None:  # no file may grow past 16 kB: the arrays do not fit, the log does
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, 16_384))
 
-    run = Run("train", str(Path(__file__).parent / "tiny.py"), *args, text=text, preexec=limit)
+    run = Run("train", TINY, *args, text=text, preexec=limit)
     assert run.finish() in (1, 2), run.output
     assert "bytes" in run.output and "free" in run.output
     assert "Traceback" not in run.output
@@ -171,16 +171,15 @@ def test_another_config_is_refused_with_the_difference(text: Path, tmp_path: Pat
 # ------------------------------------------------------------------------------------ several processes
 
 
-def several(text: Path, *arguments: str, processes: int = 2, devices: int = 4) -> list[Run]:
+def several(text: Path, *arguments: str, devices: int = 4, each: Sequence[dict[str, str]] = ({}, {})) -> list[Run]:
+    """One process for each entry of `each`, which adds to its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(len(each))}
     return [
-        Run(
-            "train", str(Path(__file__).parent / "tiny.py"), *arguments, text=text, devices=devices, env=shared | {"JAX_PROCESS_ID": str(i)}
-        )
-        for i in range(processes)
+        Run("train", TINY, *arguments, text=text, devices=devices, env=shared | {"JAX_PROCESS_ID": str(i)} | own)
+        for i, own in enumerate(each)
     ]
 
 
@@ -211,22 +210,8 @@ def test_a_killed_process_ends_the_others(text: Path, tmp_path: Path) -> None:
 
 def test_a_failing_process_tells_the_others_why(text: Path, tmp_path: Path) -> None:
     """The second process alone cannot read the corpus."""
-    broken = tmp_path / "elsewhere"
-    broken.mkdir()
-    shutil.copytree(text.parent / "cache", broken / "cache", dirs_exist_ok=True) if (text.parent / "cache").exists() else None
-    runs = several(text, "--run_dir", str(tmp_path / "run"), "--mesh.data", "8")
-    runs[1].kill(SIGKILL)
-    runs[1].finish()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    runs[0].kill(SIGKILL)
-    runs[0].finish()
-    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    tiny = str(Path(__file__).parent / "tiny.py")
-    args = ("train", tiny, "--run_dir", str(tmp_path / "other"), "--mesh.data", "8")
-    good = Run(*args, text=text, devices=4, env=shared | {"JAX_PROCESS_ID": "0"})
-    bad = Run(*args, text=text, devices=4, env=shared | {"JAX_PROCESS_ID": "1", "JAXLLM_TEST_TEXT": str(tmp_path / "missing.txt")})
+    elsewhere = {"JAXLLM_TEST_TEXT": str(tmp_path / "missing.txt")}
+    good, bad = several(text, "--run_dir", str(tmp_path / "run"), "--mesh.data", "8", each=({}, elsewhere))
     assert bad.finish(120) == 2 and "missing.txt" in bad.output
     assert good.finish(120) != 0
     assert "process 1 failed" in good.output and "missing.txt" in good.output
