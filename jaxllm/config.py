@@ -46,6 +46,16 @@ def nearest_divisors(number: int, divisor: int) -> str:
     return f"{below} or {below + divisor}" if below else f"{divisor}"
 
 
+def _check_choices(config: Any, where: str) -> None:
+    """Refuse a value that a field's Literal does not list: a config file is not type-checked."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        value = getattr(config, name)
+        if choices and value not in choices:
+            near = nearest(str(value), map(str, choices))
+            raise ConfigError(f"{where}.{name} is {value!r}; choose one of {', '.join(map(str, choices))}{near}")
+
+
 # ------------------------------------------------------------------------------------------ model
 
 
@@ -74,6 +84,9 @@ class RopeConfig:
     """yarn: planes that turn less often than this are divided by `factor`."""
     attention_factor: float | None = None
     """yarn: multiplies cos and sin; None means 0.1 * ln(factor) + 1."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "model.rope")
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,7 @@ class ModelConfig:
         return self.layer_pattern[layer % len(self.layer_pattern)]
 
     def __post_init__(self) -> None:
+        _check_choices(self, "model")
         sizes = ("num_layers", "width", "num_heads", "num_kv_heads", "head_size", "ff_width", "vocab_size", "max_length")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -198,11 +212,16 @@ class ModelConfig:
         for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        if self.position == "rope" and (round(self.head_size * self.rope.fraction) % 2 or not 0 < self.rope.fraction <= 1):
-            raise ConfigError(
-                f"model.head_size * model.rope.fraction is {self.head_size * self.rope.fraction:g}; "
-                "rotary embeddings turn pairs, so it must be an even number"
-            )
+        if self.block == "parallel" and self.cross_attention:
+            raise ConfigError("model.cross_attention needs serial blocks; set model.block to 'serial'")
+        for rope in (self.rope, *(kind.rope for kind in self.layer_pattern if kind.rope is not None)):
+            rotated = round(self.head_size * rope.fraction)
+            least = 4 if rope.scaling == "ntk" else 2
+            if self.position == "rope" and (rotated % 2 or rotated < least or rope.fraction > 1):
+                raise ConfigError(
+                    f"model.head_size * rope.fraction is {self.head_size * rope.fraction:g}; rotary embeddings turn pairs, so it "
+                    f"must be an even number from {least} to {self.head_size}"
+                )
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -228,6 +247,9 @@ class SourceConfig:
     weight: float = 1.0
     """Share of the mixture, relative to the other sources."""
 
+    def __post_init__(self) -> None:
+        _check_choices(self, "data.sources")
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -240,6 +262,9 @@ class TokenizerConfig:
     """Size to train to; ignored with a path."""
     train_bytes: int = 4_000_000
     """At most this much text is used to train the tokenizer."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "data.tokenizer")
 
 
 @dataclass(frozen=True)
@@ -255,7 +280,8 @@ class DataConfig:
     batch_ramp: tuple[tuple[int, int], ...] = ()
     """((steps, batch size), ...) before batch_size is reached: PaLM-540B is ((50_000, 512), (65_000, 1024))."""
     packing: Literal["first_fit", "concatenate", "none"] = "first_fit"
-    """first_fit: whole documents share a row, planned ahead. concatenate: PaLM's stream cut every T tokens. none: one document a row."""
+    """first_fit: whole documents share a row, planned ahead, tightest row first. concatenate: PaLM's stream cut
+    every T tokens. none: one document a row."""
     segment_mask: bool = True
     """Whether packed documents are hidden from each other. PaLM and GPT-3 leave them visible."""
     mixture: Literal["concatenate", "weighted"] = "concatenate"
@@ -275,6 +301,7 @@ class DataConfig:
     """Where tokenised corpora are kept; empty means $JAXLLM_CACHE, or ~/.cache/jaxllm."""
 
     def __post_init__(self) -> None:
+        _check_choices(self, "data")
         if self.sequence_length < 2 or self.batch_size < 1:
             raise ConfigError(
                 f"data.sequence_length is {self.sequence_length} and data.batch_size is {self.batch_size}; "
@@ -303,6 +330,9 @@ class ScheduleConfig:
     decay; None means a tenth of the run."""
     end_ratio: float = 0.1
     """Final rate as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "optim.schedule")
 
 
 @dataclass(frozen=True)
@@ -334,6 +364,7 @@ class OptimConfig:
     """The batch is cut into this many parts whose gradients add up exactly."""
 
     def __post_init__(self) -> None:
+        _check_choices(self, "optim")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ConfigError(f"optim.lr is {self.lr}; it must be positive and finite")
         if self.num_microbatches < 1:
@@ -440,6 +471,7 @@ class TrainConfig:
     """What to do when the run directory was made with another config."""
 
     def __post_init__(self) -> None:
+        _check_choices(self, "config")
         if self.num_steps < 1:
             raise ConfigError(f"num_steps is {self.num_steps}; it must be at least 1")
         for name in ("save_every", "log_every", "keep_last"):
@@ -454,8 +486,12 @@ NOT_HASHED = (
 """Fields of TrainConfig that a run may change without becoming another run."""
 
 
+NOT_HASHED_DATA = ("num_workers", "cache_dir")
+"""The same, of DataConfig."""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
+    """A config as plain values; JSON turns its tuples into lists, and `from_dict` back."""
     return dataclasses.asdict(config)
 
 
@@ -486,13 +522,21 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def hashed_values(config: TrainConfig) -> dict[str, Any]:
+    """The part of a config, as JSON values, that changes the mathematics of a run."""
+    values = json.loads(json.dumps({name: value for name, value in to_dict(config).items() if name not in NOT_HASHED}))
+    for name in NOT_HASHED_DATA:
+        del values["data"][name]
+    return values
+
+
 def config_hash(config: TrainConfig) -> str:
     """8 hex digits over everything that changes the mathematics of a run.
 
     >>> config_hash(TrainConfig()) == config_hash(TrainConfig(num_steps=7))
     True
     """
-    values = {k: v for k, v in to_dict(config).items() if k not in NOT_HASHED}
+    values = hashed_values(config)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -507,5 +551,4 @@ def diff(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
         for key in dict.fromkeys([*old, *new]):
             out |= diff(old.get(key), new.get(key), f"{prefix}{key}.")
         return out
-    same = list(old) == list(new) if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) else old == new
-    return {} if same else {prefix[:-1]: (old, new)}
+    return {} if old == new else {prefix[:-1]: (old, new)}

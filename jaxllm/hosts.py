@@ -113,6 +113,7 @@ def fail_together() -> Iterator[None]:
             except Exception:  # not set yet
                 continue
             print(f"jaxllm: ending, because {message}", file=sys.stderr, flush=True)
+            _wait_for_the_others(me)
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -122,10 +123,16 @@ def fail_together() -> Iterator[None]:
         done.set()
         if not isinstance(error, SystemExit):
             client.key_value_set(key, f"process {me} failed: {type(error).__name__}: {error}"[:500], allow_overwrite=True)
-            time.sleep(3 * POLL_SECONDS)  # the store lives in process 0: leave the others time to read it
+            _wait_for_the_others(me)
         raise
     finally:
         done.set()
+
+
+def _wait_for_the_others(me: int) -> None:
+    """The store lives in process 0, and ends with it: leave the others time to read the message."""
+    if me == 0:
+        time.sleep(3 * POLL_SECONDS)
 
 
 def leave(status: int) -> None:

@@ -101,10 +101,12 @@ def claim(config: TrainConfig, precision: str) -> Iterator[Path]:
 
 def _check_same(config: TrainConfig, folder: Path) -> None:
     old = read_json(folder / "config.json")
-    if not old or old.get("hash") == configs.config_hash(config) or config.on_config_change == "accept":
+    if not old or config.on_config_change == "accept":
         return
-    new_values, old_values = json.loads(json.dumps(configs.to_dict(config))), old.get("config", {})
-    changed = {k: v for k, v in configs.diff(old_values, new_values).items() if k.split(".")[0] not in configs.NOT_HASHED}
+    before = configs.hashed_values(configs.from_dict(TrainConfig, old["config"]))
+    changed = configs.diff(before, configs.hashed_values(config))
+    if not changed:
+        return
     lines = "; ".join(f"{path}: {was} → {now}" for path, (was, now) in changed.items())
     raise ConfigError(
         f"{folder} was trained with another configuration ({lines}); use the old values, choose another --run_dir, "
@@ -154,6 +156,8 @@ def git_commit() -> str:
 
 
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Append JSON lines in one write."""
-    with open(path, "ab") as file:
+    """Append JSON lines in one write, after cutting off a line that a killed process left half-written."""
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
         file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))

@@ -128,7 +128,8 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
 
 def fit(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """`axes` as a PartitionSpec for an array of `shape`, without the axes that do not divide their dimension."""
-    return P(*(axis if axis and size % axis_size(mesh, axis) == 0 else None for axis, size in zip(axes, shape, strict=False)))
+    padded = (*axes, *(None,) * (len(shape) - len(axes)))
+    return P(*(axis if axis and size % axis_size(mesh, axis) == 0 else None for axis, size in zip(padded, shape, strict=True)))
 
 
 def param_specs(params: tree.Tree, mesh: Mesh, rules: Sequence[tuple[str, Axes]] = ()) -> tree.Tree:
@@ -146,6 +147,8 @@ def param_specs(params: tree.Tree, mesh: Mesh, rules: Sequence[tuple[str, Axes]]
         for axis in axes:
             if axis is not None and axis not in AXES:
                 raise ConfigError(f"mesh.rules pattern '{pattern}' names the axis '{axis}'; axes are {', '.join(AXES)}")
+            if axis is not None and axes.count(axis) > 1:
+                raise ConfigError(f"mesh.rules pattern '{pattern}' puts two dimensions on the axis '{axis}'; an axis may be used once")
 
     def spec(path: str, leaf: Any) -> P:
         axes = tree.match([*rules, *RULES], path)
@@ -170,7 +173,7 @@ def like_params(state: Any, specs: tree.Tree) -> Any:
         names = [str(k.key) for k in keys if isinstance(k, jax.tree_util.DictKey)]
         for start in range(len(names)):
             found = by_path.get("/".join(names[start:]))
-            if found is not None and len(found) <= len(leaf.shape):
+            if found is not None and len(found) == len(leaf.shape):
                 return found
         return P()
 

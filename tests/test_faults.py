@@ -209,12 +209,12 @@ def test_a_killed_process_ends_the_others(text: Path, tmp_path: Path) -> None:
 
 
 def test_a_failing_process_tells_the_others_why(text: Path, tmp_path: Path) -> None:
-    """The second process alone cannot read the corpus."""
-    elsewhere = {"JAXLLM_TEST_TEXT": str(tmp_path / "missing.txt")}
+    """The second process alone cannot write its cache."""
+    elsewhere = {"JAXLLM_CACHE": "/proc/jaxllm"}
     good, bad = several(text, "--run_dir", str(tmp_path / "run"), "--mesh.data", "8", each=({}, elsewhere))
-    assert bad.finish(120) == 2 and "missing.txt" in bad.output
+    assert bad.finish(120) == 2 and "/proc/jaxllm" in bad.output
     assert good.finish(120) != 0
-    assert "process 1 failed" in good.output and "missing.txt" in good.output
+    assert "process 1 failed" in good.output and "/proc/jaxllm" in good.output
 
 
 def test_no_permission_is_said_before_training(text: Path, tmp_path: Path) -> None:

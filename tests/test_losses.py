@@ -217,6 +217,10 @@ def test_only_the_matmuls_that_are_wanted() -> None:
     assert matmuls(("hidden", "kernel"), (0.0, accuracy())) == 1
 
 
+def lora_dot(name: str, spec: str, x: jax.Array, leaves: Any) -> jax.Array:
+    return jnp.einsum(spec, x, leaves["kernel"]) + x @ leaves["a"] @ leaves["b"]
+
+
 def test_any_dot_may_be_the_head() -> None:
     """LoRA on the head, with a frozen kernel: its factors get the gradient of the dense formula, the kernel none."""
     rng = np.random.default_rng(7)
@@ -224,11 +228,8 @@ def test_any_dot_may_be_the_head() -> None:
     kernel = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
     factors = {"a": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32), "b": jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)}
 
-    def dot(name: str, spec: str, x: jax.Array, leaves: Any) -> jax.Array:
-        return jnp.einsum(spec, x, leaves["kernel"]) + x @ leaves["a"] @ leaves["b"]
-
     def ours(trained: Any) -> jax.Array:
-        head = Unembedding({"kernel": kernel, "a": trained["a"], "b": trained["b"]}, 0.5, 3.0, 6, dot)
+        head = Unembedding({"kernel": kernel, "a": trained["a"], "b": trained["b"]}, 0.5, 3.0, 6, lora_dot)
         return value(over_vocab(2, loss=(1.0, next_token())), Obs(batch, jnp.int32(0), {STUDENT: trained["hidden"]}, {STUDENT: head}))
 
     def dense(trained: Any) -> jax.Array:
@@ -330,7 +331,7 @@ def test_adaptive_reads_the_step_before() -> None:
     loss = partition("source", all=inner)
     rng = np.random.default_rng(8)
     obs = observe(rng.normal(size=(2, 3, 4)), batch_of(jnp.zeros((2, 3), int), source=jnp.zeros(2, int)), t=rng.normal(size=(2, 3, 4)))
-    weights, state = loss.weigh(obs.batch), loss.init(None)
+    weights, state = loss.weigh(obs.batch), loss.init({})
     update = jax.jit(loss.update, compiler_options=FAST)
     first, means = update(obs, state, weights)
     kl, distance = means["all/logits"].value, means["all/states"].value
@@ -363,6 +364,8 @@ def test_annotators_run_in_order_with_keys_of_their_own() -> None:
     obs = both({"t": {"x": np.zeros((1, 1, 2))}}, observe(np.ones((1, 1, 2))), jax.random.key(0))
     assert [names for names, _ in seen] == [["student"], ["student", "t"]]
     assert seen[0][1] != seen[1][1]
+    through = lambda x: both({"t": {"x": x}}, observe(np.ones((1, 1, 2))), None).hidden["t"].sum()
+    assert np.all(np.asarray(jax.grad(through)(jnp.ones((1, 1, 2)))) == 0.0)
     assert set(obs.scores) == {"t/value"}
     assert set(obs.taps) == {"t"}
     with pytest.raises(ConfigError, match="teacher 'big' has no params; frozen has bag; did you mean 'bag'"):
@@ -416,31 +419,35 @@ def mesh_world() -> tuple[Any, Any, Any]:
     """Params, frozen teacher and batch; kernels padded from LOGICAL to PADDED rows."""
     rng = np.random.default_rng(0)
     array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    params = {"hidden": array(ROWS, LENGTH, WIDTH), "unembed": {"kernel": array(PADDED, WIDTH)}}
-    frozen = {"t": {"hidden": array(ROWS, LENGTH, WIDTH), "unembed": {"kernel": array(PADDED, WIDTH)}}}
+    model = lambda: {
+        "hidden": array(ROWS, LENGTH, WIDTH),
+        "unembed": {"kernel": array(PADDED, WIDTH), "a": array(WIDTH, 2), "b": array(2, PADDED)},
+    }
+    params, frozen = model(), {"t": model()}
     top = TopK(rng.integers(0, LOGICAL, (ROWS, LENGTH, 3)), -1.5 - rng.random((ROWS, LENGTH, 3)), rng.random((ROWS, LENGTH)))
     return params, frozen, random_batch(rng, ROWS, LENGTH, LOGICAL, extras=jax.tree.map(jnp.asarray, top.extras("top")))
 
 
-def mesh_loss(**more: Any) -> Any:
+def mesh_loss(dot: Any = dot_in("float32"), **more: Any) -> Any:
     """Every way in which a token loss meets the vocabulary."""
     kl, top = (0.5, forward_kl("t", 2.0)), (0.3, soft_ce("top", "uniform"))
     loss = over_vocab(4, ce=(1.0, next_token(0.1)), z=(1e-2, z_loss()), kl=kl, top=top, right=(0.0, accuracy()), **more)
-    look = lambda p, b: Obs(b, jnp.int32(0), {STUDENT: p["hidden"]}, {STUDENT: Unembedding(p["unembed"], 0.7, 5.0, LOGICAL)})
+    look = lambda p, b: Obs(b, jnp.int32(0), {STUDENT: p["hidden"]}, {STUDENT: Unembedding(p["unembed"], 0.7, 5.0, LOGICAL, dot)})
     loss_fn = as_loss_fn(look, loss, [teacher(look, "t")])
     return jax.value_and_grad(lambda p, frozen, b: loss_fn(p, frozen, b, ())[0])
 
 
 @cache
-def one_device() -> Any:
-    return jax.jit(mesh_loss(), compiler_options=FAST)(*mesh_world())
+def one_device(dot: Any = dot_in("float32")) -> Any:
+    return jax.jit(mesh_loss(dot), compiler_options=FAST)(*mesh_world())
 
 
 def on_mesh(shape: tuple[int, int, int], f: Any) -> tuple[Any, list[hlo.Collective]]:
     """Value and gradients, and what the program communicates."""
     mesh = sharding.make_mesh(MeshConfig(*shape))
     kernel = NamedSharding(mesh, P("model", "data"))
-    place = {"hidden": NamedSharding(mesh, P(("slice", "data"), None, "model")), "unembed": {"kernel": kernel}}
+    whole = NamedSharding(mesh, P())
+    place = {"hidden": NamedSharding(mesh, P(("slice", "data"), None, "model")), "unembed": {"kernel": kernel, "a": whole, "b": whole}}
     with jax.set_mesh(mesh):
         args = jax.device_put(mesh_world(), (place, {"t": place}, sharding.batch_sharding(mesh)))
         program = jax.jit(f, out_shardings=(None, place), compiler_options=FAST).lower(*args).compile()
@@ -471,6 +478,13 @@ def test_sharded_equals_one_device_with_the_least_traffic(shape: tuple[int, int,
     assert complaints(found, shape[2]) == []
     assert len(hlo.select(found, "reduce-scatter", axis="data")) == (shape[1] > 1)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+def test_any_dot_on_a_mesh() -> None:
+    """LoRA on the head: each of its leaves is reduced once, after the loop, by the pass's own derivative of that `dot`."""
+    result, found = on_mesh((1, 4, 2), mesh_loss(lora_dot))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6 * float(jnp.abs(b).max())), result, one_device(lora_dot))
+    assert hlo.select(found, axis="data", in_loop=True) == []
 
 
 def test_a_token_loss_that_looks_at_the_whole_vocabulary_is_caught() -> None:

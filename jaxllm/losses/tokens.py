@@ -10,10 +10,11 @@ Dimension letters: B batch, c chunk of T, V vocabulary, k entries of a `TopK`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxllm import sharding
@@ -88,28 +89,31 @@ def _divergence(order: Callable[[Array, Array], tuple[Array, Array]], teacher: s
 
 
 class TopK(NamedTuple):
-    """A teacher's k most probable next tokens at each position of the student, in the student's ids."""
+    """A teacher's k most probable next tokens at each position of the student, in the student's ids.
 
-    ids: Int[Array, "*B k"]
-    logp: Float[Array, "*B k"]
+    NumPy in the data workers that make it, JAX in a loss.
+    """
+
+    ids: Int[Array | np.ndarray, "*B k"]
+    logp: Float[Array | np.ndarray, "*B k"]
     """Log-probabilities over the teacher's whole vocabulary; -inf marks an unused entry. Equal ids add up."""
-    tail: Float[Array, "*B"]
+    tail: Float[Array | np.ndarray, "*B"]
     """Probability of everything else."""
 
-    def extras(self, name: str) -> dict[str, Array]:
+    def extras(self, name: str) -> dict[str, Any]:
         """As entries of `Batch.extras`, where `soft_ce(name)` finds them."""
         return {f"{name}/{field}": value for field, value in self._asdict().items()}
 
 
-def soft_ce(teacher: str, tail: Literal["drop", "renormalise", "uniform"] = "renormalise") -> TokenLoss:
+def soft_ce(teacher: str, tail: str = "renormalise") -> TokenLoss:
     """-sum_v p_teacher log p_student: forward KL plus the teacher's entropy, so with forward KL's gradient.
 
     Args:
       teacher: a model in `Obs`, or the name of a `TopK` in `Batch.extras` (stored as `TopK.extras(name)`), which
         is taken where both exist.
-      tail: what to do with the probability that a `TopK` does not name. drop: target sums to less than 1, the loss
-        says nothing about the rest. renormalise: divide by the mass that is named; over-sharp for small k, and what
-        FuseLLM does (arXiv:2401.10491 with its code). uniform: spread it evenly over the other tokens.
+      tail: what to do with the probability that a `TopK` does not name. drop: the target sums to less than 1, the
+        loss says nothing about the rest. renormalise: divide by the mass that is named; over-sharp for small k, and
+        what FuseLLM does (arXiv:2401.10491 with its code). uniform: spread it evenly over the other tokens.
 
     Raises:
       ConfigError: another `tail`; models with different vocabularies.
@@ -129,7 +133,7 @@ def soft_ce(teacher: str, tail: Literal["drop", "renormalise", "uniform"] = "ren
 
 
 def _soft_ce_top_k(view: View, top: TopK, tail: str) -> Float[Array, "B c"]:
-    p = jnp.exp(top.logp.astype(jnp.float32))
+    p = jnp.exp(jnp.asarray(top.logp, jnp.float32))
     rest = jnp.zeros(p.shape[:-1])
     if tail == "renormalise":
         mass = p.sum(axis=-1, keepdims=True)
@@ -143,7 +147,7 @@ def _soft_ce_top_k(view: View, top: TopK, tail: str) -> Float[Array, "B c"]:
     target = scatter(p)
     if tail == "uniform":
         others = real & ~(scatter((p > 0).astype(jnp.float32)) > 0)
-        rest = top.tail.astype(jnp.float32) / jnp.maximum(others.sum(axis=-1), 1)
+        rest = jnp.asarray(top.tail, jnp.float32) / jnp.maximum(others.sum(axis=-1), 1)
         target = target + jnp.where(others, rest[..., None], 0.0)
     log_probs = jnp.where(real, view.log_probs(), 0.0)
     return -jnp.sum(jax.lax.stop_gradient(target) * log_probs, axis=-1)

@@ -188,10 +188,10 @@ class Cache:
     A window of w keeps a ring of w slots: position p lies in slot p mod w.
     """
 
-    keys: tuple[Float[Array, "L B S K H"], ...]
+    keys: tuple[Float[Array, "_ B _ K H"], ...]
     """After the rotary embedding."""
-    values: tuple[Float[Array, "L B S K H"], ...]
-    positions: tuple[Int[Array, "B S"], ...]
+    values: tuple[Float[Array, "_ B _ K H"], ...]
+    positions: tuple[Int[Array, "B _"], ...]
     """Position held by each slot; −1 is empty."""
     empty: bool = True
     """Known when tracing: the first call has no past to attend to."""

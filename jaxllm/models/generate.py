@@ -25,7 +25,8 @@ type Sampler = Callable[[Float[Array, "B V"], Array], Int[Array, " B"]]
 def sampler(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampler:
     """A token of each row from its logits; temperature 0 takes the most probable one.
 
-    Each row has a key of its own, so that its text does not depend on which rows are beside it.
+    Each row has a key of its own, made of the seed and its prompt, so that its text does not depend on which rows are
+    beside it; equal prompts get equal texts.
 
     Args:
       top_k: keep the k most probable tokens; 0 keeps all.
@@ -39,7 +40,7 @@ def sampler(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sam
             return jnp.argmax(logits, -1)
         logits = logits / temperature
         if top_k:
-            kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
+            kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
             logits = jnp.where(logits < kth, -jnp.inf, logits)
         if top_p < 1:
             order = jnp.sort(logits, axis=-1)[:, ::-1]
@@ -90,15 +91,18 @@ def stream(
     Raises:
       ConfigError: an empty prompt, or one that with its continuation is longer than the context (says by how much).
     """
+    if not prompts:
+        return
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     config = generate.lm.config
-    limit = max_length or max(int(lengths.max()) + num_tokens, 1)
+    needed = int(lengths.max()) + num_tokens
+    limit = max_length or needed
     if lengths.min() < 1:
         raise ConfigError(f"prompt {int(lengths.argmin())} is empty; give at least one token, e.g. the end-of-text token")
-    if config.position == "learned" and limit > config.max_length:
+    context = min(limit, config.max_length) if config.position == "learned" else limit
+    if needed > context:
         raise ConfigError(
-            f"a prompt of {int(lengths.max())} tokens and {num_tokens} new ones are {limit - config.max_length} too many "
-            f"for a context of {config.max_length}"
+            f"a prompt of {int(lengths.max())} tokens and {num_tokens} new ones are {needed - context} too many for a context of {context}"
         )
     tokens = np.zeros((len(prompts), int(lengths.max())), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -212,12 +212,13 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arra
     rows = BATCH_AXES if tokens.shape[0] % axis_size(mesh, BATCH_AXES) == 0 else None
     vocab_axis = "model" if vocab % shards == 0 else None
     width_axis = "data" if width % axis_size(mesh, "data") == 0 else None
-    scatter = vocab_axis and width % shards == 0
+    kept = None if rows else width_axis  # rows that do not divide: each data shard looks up its own columns of every row
+    scatter = vocab_axis and width // axis_size(mesh, kept) % shards == 0
 
     def local(table: Array, tokens: Array) -> Array:
-        # Varying over `slice` from here on: the gradient is then reduced over `data` first, and only its shard crosses slices.
-        table = jax.lax.pcast(table, "slice", to="varying")
-        if width_axis:
+        if rows:  # varying over `slice` from here on: the gradient is then reduced over `data` first, and only its shard crosses
+            table = jax.lax.pcast(table, "slice", to="varying")
+        if width_axis and not kept:
             table = jax.lax.all_gather(table, width_axis, axis=1, tiled=True)
         if not vocab_axis:
             return jnp.take(table, tokens, axis=0)
@@ -226,8 +227,7 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arra
         x = jnp.where(mine[..., None], jnp.take(table, jnp.where(mine, index, 0), axis=0), 0.0)
         return jax.lax.psum_scatter(x, "model", scatter_dimension=2, tiled=True) if scatter else jax.lax.psum(x, "model")
 
-    return jax.shard_map(
-        local,
-        in_specs=(P(vocab_axis, width_axis), P(rows, None)),
-        out_specs=P(rows, None, "model" if scatter else None),
-    )(table, tokens)
+    columns = tuple(axis for axis in (kept, "model" if scatter else None) if axis)
+    return jax.shard_map(local, in_specs=(P(vocab_axis, width_axis), P(rows, None)), out_specs=P(rows, None, columns or None))(
+        table, tokens
+    )

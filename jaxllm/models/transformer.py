@@ -27,6 +27,7 @@ from jaxllm.config import ConfigError, LayerKind, ModelConfig, nearest
 from jaxllm.contract import LM, Dot, Out, Params, Unembedding, dot_in
 from jaxllm.models.attention import Cache, Sight, attend, merge, slot_index, write_slots
 from jaxllm.models.layers import FeedForward, Norm, Projection, dropout, kernel_std, look_up, rope_tables, rotate
+from jaxllm.models.matmul import dot_cpu_bfloat16
 from jaxllm.sharding import constrain
 
 TAPS = (
@@ -55,7 +56,7 @@ class Context:
     """Where the new keys go in `past`."""
     positions: tuple[Int[Array, "B S"], Int[Array, "B S"]] | None = None
     """Positions in the slots of `past`, before and after this call."""
-    memory: Float[Array, "B S D"] | None = None
+    memory: Float[Array, "B M E"] | None = None
     memory_sight: Sight | None = None
     key: Array | None = None
     first_call: bool = True
@@ -160,7 +161,7 @@ class Block(nn.Module):
                 tapped[name] = value
             return value
 
-        keys = (None,) * 4 if ctx.key is None else jax.random.split(ctx.key, 4)
+        keys = (None,) * 5 if ctx.key is None else jax.random.split(ctx.key, 5)
         attention = Attention(cfg, self.dot, "attention", self.dtype, name="attention")
         feed_forward = FeedForward(cfg, self.dot, name="mlp")
         x = tap("block_input", constrain(x, self.dims))
@@ -179,7 +180,7 @@ class Block(nn.Module):
             if cfg.cross_attention:
                 cross = Attention(cfg, self.dot, "cross_attention", self.dtype, name="cross_attention")
                 branch, _ = cross(self.before("cross_attention", x), replace(ctx, key=keys[3]), lambda _, value: value)
-                x = self.add("cross_attention", x, dropout(branch, cfg.residual_dropout, keys[3]))
+                x = self.add("cross_attention", x, dropout(branch, cfg.residual_dropout, keys[4]))
             branch = feed_forward(tap("mlp_norm", self.before("mlp", x)), tap)
             x = self.add("mlp", x, tap("mlp_output", dropout(branch, cfg.residual_dropout, keys[2])))
         return tap("block_output", constrain(x, self.dims)), tapped, kept
@@ -239,7 +240,7 @@ def decoder(
     """
     activation, operand = PRECISIONS[precision]
     dims = "B T@model ." if shard_sequence else "B T D"
-    einsum = dot or dot_in(operand)
+    einsum = dot or (dot_cpu_bfloat16 if precision == "bfloat16_matmul" and jax.default_backend() == "cpu" else dot_in(operand))
     block = Block(config, einsum, operand, dims)
     stack = partial(_run_layers, config, block, remat, unroll, reparam)
 
@@ -279,9 +280,10 @@ def decoder(
           positions: within each document; default 0, 1, 2, … A cache needs them.
           segment_ids: document of each token, 0 is padding; attention stays within a document.
           prefix_mask: with mask='prefix', the positions that see each other both ways.
-          bias: added to the attention scores of every layer.
+          bias: added to the attention scores of every layer; not together with a cache, whose keys are of another length.
           prefix: (keys, values), each [L #B P K H], always visible, without a position.
           memory: what cross-attention reads.
+          memory_segment_ids: a query reads the memory of its own segment (1 where it has no segment_ids); 0 is padding.
           cache: from `init_cache` or an earlier call; the rows' segment_ids mark padding only.
           key: for dropout; None turns it off.
           taps: names out of `TAPS`.
@@ -289,6 +291,7 @@ def decoder(
         for name in taps:
             if name not in TAPS:
                 raise ConfigError(f"no tap '{name}'; taps are {', '.join(TAPS)}{nearest(name, TAPS)}")
+        assert bias is None or cache is None, "apply: a bias has the keys of one call, a cache those of all"
         keys = (None, None) if key is None else jax.random.split(key)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
@@ -304,8 +307,8 @@ def decoder(
         )
         memory_sight = None
         if memory is not None:
-            q_segments = None if memory_segment_ids is None else jnp.ones(inputs.shape[:2], jnp.int32)
-            memory_sight = Sight(causal=False, q_segments=q_segments, k_segments=memory_segment_ids)
+            queries = jnp.ones(inputs.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+            memory_sight = Sight(causal=False, q_segments=None if memory_segment_ids is None else queries, k_segments=memory_segment_ids)
         ctx = Context(
             sight, memory=None if memory is None else memory.astype(activation), memory_sight=memory_sight, key=keys[1], taps=tuple(taps)
         )

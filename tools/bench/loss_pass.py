@@ -68,9 +68,8 @@ def main() -> None:
     memory = {name: p.memory_analysis().temp_size_in_bytes for name, p in programs.items()}
     gradients = sum(x.nbytes for x in params.values()) / MIB
     print(f"B {args.rows}, T {args.length}, D {args.width}, V {args.vocab}, {args.dtype} operands, {jax.devices()[0].device_kind}")
-    print(
-        f"gradient arrays (outputs, not counted): {gradients:.0f} MiB; dense logits: {args.rows * args.length * args.vocab * 4 / MIB:.0f} MiB"
-    )
+    logits = args.rows * args.length * args.vocab * 4 / MIB
+    print(f"gradient arrays (outputs, not counted): {gradients:.0f} MiB; dense logits: {logits:.0f} MiB")
     print(f"{'':12}{'temp MiB':>10}{'less by':>9}{'wall s':>10}{'of dense':>10}{'CPU s':>10}{'of dense':>10}")
     for name in programs:
         less = memory["dense"] / memory[name]
