@@ -1,27 +1,24 @@
 # make quickstart: install, and train a small model on real text, with no download
 # make test:       the suite; make faults: real processes, killed; make parity: against Hugging Face; make compile: large programs
+# make oldest:     the fast tests against the oldest JAX that pyproject.toml admits
+# Nothing but Python 3.12 and make is needed; make PYTHON=/path/to/python3.12 names another one.
 PYTHON ?= python3.12
+PARITY_PYTHON ?= $(PYTHON)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Seconds each, and together every module that calls JAX: what an older JAX would break.
+OLDEST_TESTS := tests/laws tests/test_checkpoint.py tests/test_config.py tests/test_losses.py tests/test_sharding.py tests/test_tree.py
+
 .PHONY: quickstart test faults parity compile lint oldest wheel clean
 .DELETE_ON_ERROR:
-
-$(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e .
-	touch $@
-
-$(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
-	touch $@
 
 quickstart: $(VENV)/installed
 	$(BIN)/jaxllm train configs/quickstart.py
 
 test: $(VENV)/installed-test lint
 	$(BIN)/pytest -m "not fault and not compile" tests
-	$(BIN)/pytest -o addopts="-q" --doctest-modules jaxllm
+	JAX_PLATFORMS=cpu $(BIN)/pytest --doctest-modules jaxllm
 
 faults: $(VENV)/installed-test
 	$(BIN)/pytest -m fault tests
@@ -34,28 +31,48 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy jaxllm
 
-# The oldest JAX that pyproject.toml admits.
 oldest: .venv-oldest/installed
-	.venv-oldest/bin/pytest -m "not fault and not compile and not slow" tests
-
-.venv-oldest/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install -q -e '.[test]' jax==0.11.2 jaxlib==0.11.2
-	touch $@
+	.venv-oldest/bin/pytest -m "not fault and not compile" $(OLDEST_TESTS)
 
 # Hugging Face's own models as the reference, in an environment of their own.
 parity: $(VENV)/installed-test .venv-parity/installed
 	rm -rf build/parity && mkdir -p build/parity
 	.venv-parity/bin/python tests/parity/make_references.py build/parity
-	JAXLLM_PARITY=build/parity $(BIN)/pytest tests/parity
-
-.venv-parity/installed:
-	python3.11 -m venv .venv-parity
-	.venv-parity/bin/pip install -q torch==2.13.0 transformers
-	touch $@
+	JAXLLM_PARITY=build/parity JAXLLM_PARITY_PYTHON=.venv-parity/bin/python $(BIN)/pytest tests/parity
 
 wheel: $(VENV)/installed
+	rm -rf dist
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-parity build dist .jax_cache
+
+# Environments. Each is made once; the empty file `installed` in it says when.
+
+# $(call venv,PYTHON,FOLDER): an environment, or one line that says what is missing.
+define venv
+	@$(1) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || \
+	  { echo "$(1) is not here, is older than 3.12 or lacks venv: install Python 3.12 (with its venv), or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "installing into $(2), which takes minutes the first time"
+	@$(1) -m venv $(2)
+endef
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(call venv,$(PYTHON),$(VENV))
+	$(BIN)/pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+.venv-oldest/installed: pyproject.toml constraints.txt
+	$(call venv,$(PYTHON),.venv-oldest)
+	grep -vE '^(jax|jaxlib)==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -e '.[test]' jax==0.11.2 jaxlib==0.11.2
+	@touch $@
+
+.venv-parity/installed: Makefile
+	$(call venv,$(PARITY_PYTHON),.venv-parity)
+	.venv-parity/bin/pip install -q torch==2.13.0 transformers==5.23.0
+	@touch $@

@@ -415,14 +415,12 @@ def test_clear_errors() -> None:
 ROWS, LENGTH, WIDTH, LOGICAL, PADDED = 8, 12, 16, 77, 80
 
 
-def mesh_world() -> tuple[Any, Any, Any]:
-    """Params, frozen teacher and batch; kernels padded from LOGICAL to PADDED rows."""
+def mesh_world(lora: bool) -> tuple[Any, Any, Any]:
+    """Params, frozen teacher and batch; kernels padded from LOGICAL to PADDED rows, with LoRA factors beside them or not."""
     rng = np.random.default_rng(0)
     array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    model = lambda: {
-        "hidden": array(ROWS, LENGTH, WIDTH),
-        "unembed": {"kernel": array(PADDED, WIDTH), "a": array(WIDTH, 2), "b": array(2, PADDED)},
-    }
+    head = {"kernel": (PADDED, WIDTH)} | ({"a": (WIDTH, 2), "b": (2, PADDED)} if lora else {})
+    model = lambda: {"hidden": array(ROWS, LENGTH, WIDTH), "unembed": {name: array(*shape) for name, shape in head.items()}}
     params, frozen = model(), {"t": model()}
     top = TopK(rng.integers(0, LOGICAL, (ROWS, LENGTH, 3)), -1.5 - rng.random((ROWS, LENGTH, 3)), rng.random((ROWS, LENGTH)))
     return params, frozen, random_batch(rng, ROWS, LENGTH, LOGICAL, extras=jax.tree.map(jnp.asarray, top.extras("top")))
@@ -439,19 +437,19 @@ def mesh_loss(dot: Any = dot_in("float32"), **more: Any) -> Any:
 
 @cache
 def one_device(dot: Any = dot_in("float32")) -> Any:
-    return jax.jit(mesh_loss(dot), compiler_options=FAST)(*mesh_world())
+    return jax.jit(mesh_loss(dot), compiler_options=FAST)(*mesh_world(dot is lora_dot))
 
 
-def on_mesh(shape: tuple[int, int, int], f: Any) -> tuple[Any, list[hlo.Collective]]:
+def on_mesh(shape: tuple[int, int, int], f: Any, lora: bool = False) -> tuple[Any, list[hlo.Collective]]:
     """Value and gradients, and what the program communicates."""
     mesh = sharding.make_mesh(MeshConfig(*shape))
-    kernel = NamedSharding(mesh, P("model", "data"))
-    whole = NamedSharding(mesh, P())
-    place = {"hidden": NamedSharding(mesh, P(("slice", "data"), None, "model")), "unembed": {"kernel": kernel, "a": whole, "b": whole}}
+    params, frozen, batch = mesh_world(lora)
+    layout = {"hidden": P(("slice", "data"), None, "model"), "kernel": P("model", "data"), "a": P(), "b": P()}
+    place = jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, layout[path[-1].key]), params)
     with jax.set_mesh(mesh):
-        args = jax.device_put(mesh_world(), (place, {"t": place}, sharding.batch_sharding(mesh)))
+        args = jax.device_put((params, frozen, batch), (place, {"t": place}, sharding.batch_sharding(mesh)))
         program = jax.jit(f, out_shardings=(None, place), compiler_options=FAST).lower(*args).compile()
-        return program(*args), hlo.collectives(program.as_text(), mesh.shape)
+        return program(*args), hlo.collectives(str(program.as_text()), mesh.shape)
 
 
 def complaints(found: list[hlo.Collective], models: int) -> list[str]:
@@ -480,9 +478,17 @@ def test_sharded_equals_one_device_with_the_least_traffic(shape: tuple[int, int,
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
+def test_bfloat16_on_a_mesh() -> None:
+    """Equal to one device, and every sum over data shards is float32: a bf16 one would abort XLA:CPU."""
+    result, found = on_mesh((2, 2, 2), mesh_loss(dot_in("bfloat16")))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max())), result, one_device(dot_in("bfloat16")))
+    assert complaints(found, 2) == []
+    assert {a.dtype for c in hlo.select(found, "all-reduce", "reduce-scatter", axis="data") for a in c.operands} == {"f32"}
+
+
 def test_any_dot_on_a_mesh() -> None:
     """LoRA on the head: each of its leaves is reduced once, after the loop, by the pass's own derivative of that `dot`."""
-    result, found = on_mesh((1, 4, 2), mesh_loss(lora_dot))
+    result, found = on_mesh((1, 4, 2), mesh_loss(lora_dot), lora=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6 * float(jnp.abs(b).max())), result, one_device(lora_dot))
     assert hlo.select(found, axis="data", in_loop=True) == []
 

@@ -36,7 +36,9 @@ def dot_cpu_bfloat16(name: str, spec: str, x: Array, leaves: Params) -> Array:
 
 
 def _two_dimensional(spec: str, x: tuple[int, ...], kernel: tuple[int, ...]) -> Any:
-    """((rows, inner), kernel's two dimensions, whether it is contracted over its last, output shape), if the einsum is one product of leading by trailing letters.
+    """((rows, inner), the kernel's two dimensions, whether it is contracted over its last, output shape).
+
+    None if the einsum is not one product of leading by trailing letters.
 
     >>> _two_dimensional('BTD,DNH->BTNH', (2, 3, 4), (4, 5, 6))
     ((6, 4), (4, 30), False, (2, 3, 5, 6))

@@ -240,7 +240,8 @@ def decoder(
     """
     activation, operand = PRECISIONS[precision]
     dims = "B T@model ." if shard_sequence else "B T D"
-    einsum = dot or (dot_cpu_bfloat16 if precision == "bfloat16_matmul" and jax.default_backend() == "cpu" else dot_in(operand))
+    head = dot or dot_in(operand)  # the vocabulary pass brings a backward pass of its own for the plain one
+    einsum = dot or (dot_cpu_bfloat16 if precision == "bfloat16_matmul" and jax.default_backend() == "cpu" else head)
     block = Block(config, einsum, operand, dims)
     stack = partial(_run_layers, config, block, remat, unroll, reparam)
 
@@ -320,7 +321,7 @@ def decoder(
     def unembed(params: Params) -> Unembedding:
         """The output head: the embedding table itself where they are tied."""
         leaves = {"kernel": params["embed"]["tokens"]} if config.tied_embeddings else params["unembed"]
-        return Unembedding(leaves, config.logit_scale, config.logit_soft_cap, config.vocab_size, einsum)
+        return Unembedding(leaves, config.logit_scale, config.logit_soft_cap, config.vocab_size, head)
 
     def init_cache(batch_size: int, max_length: int) -> Cache:
         """An empty cache for rows of up to `max_length` tokens."""
