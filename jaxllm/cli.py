@@ -2,46 +2,96 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
 import importlib.util
+import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from jaxllm.config import ConfigError, ModelConfig, TrainConfig, nearest
 
 USAGE = """usage: jaxllm COMMAND …
 
-  jaxllm train TARGET [--FIELD VALUE …]   train, or resume, the run of a configuration; --help lists every field
+  jaxllm train TARGET [--FIELD VALUE …]   train, or resume, the run of a configuration
   jaxllm report RUN_DIR                   write RUN_DIR/report.html again
   jaxllm init [DIR]                       copy the configurations and experiments into DIR, to start from
 
-TARGET is configs/FILE.py[:NAME] or experiments/FILE.py:PRESET; NAME defaults to `config`.
---traceback before a command shows where an error came from."""
+TARGET is configs/FILE.py[:NAME] or experiments/FILE.py:PRESET; NAME defaults to `config`, PRESET to `small`.
+`jaxllm train TARGET --help` lists every field with its type and value. Values are written as
+--optim.lr 1e-3, --spike.enabled True, --optim.clip_norm None, --optim.freeze 'embed/.*' True 'layers/.*' False,
+--data.batch_ramp 100 8 200 16, --mesh.rules 'embed/tokens' model,None, --data.sources.1.path more.txt.
+--traceback shows where an error came from."""
+
+type Build = Callable[..., Any]
+"""(config, precision=…) -> step.Experiment"""
+
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for a user's mistake, 1 for a failed run, 128 + n for signal n."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    traceback = "--traceback" in arguments
-    arguments = [a for a in arguments if a != "--traceback"]
+    words = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {"train": train, "report": report, "init": init}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
+
+    def act(words: list[str]) -> int:
+        if not words or words[0] in ("-h", "--help"):
+            print(USAGE)
+            return 0 if words else 2
+        if words[0] not in commands:
+            raise ConfigError(f"no command '{words[0]}'{nearest(words[0], commands) or ';'} commands: {', '.join(commands)}")
+        return commands[words[0]](words[1:])
+
+    return _guarded(act, words)
+
+
+def experiment_main(presets: Mapping[str, TrainConfig], build: Build) -> NoReturn:
+    """What a paper's file ends with: `python -m experiments.FILE PRESET [--FIELD VALUE …]`, like `jaxllm train FILE.py:PRESET`.
+
+    Args:
+      presets: the file's PRESETS.
+      build: the file's (config, precision=…) -> Experiment.
+    """
+    program = f"python -m experiments.{Path(sys.argv[0]).stem}"
+
+    def act(words: list[str]) -> int:
+        if not words or words[0] in ("-h", "--help"):
+            print(f"usage: {program} PRESET [--FIELD VALUE …]\n\nPRESET is one of {', '.join(presets)}; after it, --help lists every field")
+            return 0 if words else 2
+        if words[0] not in presets:
+            raise ConfigError(f"no preset '{words[0]}'{nearest(words[0], presets) or ';'} presets: {', '.join(presets)}")
+        return run(parse_flags(presets[words[0]], words[1:], f"{program} {words[0]}"), build)
+
+    sys.exit(_guarded(act, sys.argv[1:]))
+
+
+def _guarded(act: Callable[[list[str]], int], words: list[str]) -> int:
+    """`act(words)`, with what goes wrong said in one line and turned into an exit status."""
+    setup_jax()
     try:
-        if arguments[0] not in commands:
-            raise ConfigError(f"no command '{arguments[0]}'{nearest(arguments[0], commands)} Commands: {', '.join(commands)}")
-        return commands[arguments[0]](arguments[1:])
+        return act([word for word in words if word != "--traceback"])
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `jaxllm train … --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
-        if traceback:
-            raise
-        status = _explain(error)
+        status, message = _explain(error)
+        if "--traceback" in words or message is None:
+            traceback.print_exc()
+        else:
+            print(f"jaxllm: {message}", file=sys.stderr)
         if "jax" in sys.modules:
             from jaxllm import hosts
 
@@ -49,41 +99,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
 
 
-def _explain(error: Exception) -> int:
-    """One line for what a user can mend; what is ours to mend keeps its traceback."""
+def _explain(error: Exception) -> tuple[int, str | None]:
+    """(exit status, one line) for what a user can mend; no line for what is ours to mend, which keeps its traceback."""
+    line = " ".join(str(error).split())
     if isinstance(error, ConfigError):
-        print(f"jaxllm: {error}", file=sys.stderr)
-        return 2
-    if type(error).__name__ in ("TrainingFailed", "CheckpointError") or isinstance(error, OSError):
-        print(f"jaxllm: {error}", file=sys.stderr)
-        return 1
-    raise error
+        return 2, line
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        return 2, f"cannot write {error.filename or 'a file'} ({error.strerror}); free some space or choose another folder"
+    if type(error).__name__ == "TrainingFailed" or isinstance(error, OSError):
+        return 1, line
+    return 1, None
 
 
 # ------------------------------------------------------------------------------------------ commands
 
 
-def train(arguments: list[str]) -> int:
+def train(words: list[str]) -> int:
     """Train a target; the same command resumes."""
-    target, rest = _target(arguments, "train")
-    config = parse_flags(load_target(target), rest, f"jaxllm train {target}")
-    return run(config)
+    if words and words[0] in ("-h", "--help"):
+        print("TARGET is configs/FILE.py[:NAME] or experiments/FILE.py:PRESET. The values below are those of an empty configuration.\n")
+        parse_flags(TrainConfig(), ["--help"], "jaxllm train TARGET")
+        return 0
+    if not words or words[0].startswith("-"):
+        raise ConfigError("jaxllm train needs a target first, e.g. jaxllm train configs/quickstart.py")
+    config, build = load_target(words[0])
+    return run(parse_flags(config, words[1:], f"jaxllm train {words[0]}"), build)
 
 
-def run(config: TrainConfig, build: Callable[..., Any] | None = None) -> int:
+def run(config: TrainConfig, build: Build | None = None) -> int:
     """Train `config` in this process, as `jaxllm train` and the experiments do.
 
     Args:
-      build: (config, precision=...) -> Experiment; None means `pretrain.experiment`.
+      build: (config, precision=…) -> Experiment; None means `pretrain.experiment`.
     """
-    setup_jax()
-    from jaxllm import hosts, loop, pretrain
+    from jaxllm import hosts, loop, pretrain, sharding
 
     hosts.start()
+    # The loop asks this again; here it comes before the choice of a precision, which may compile a matmul to time it.
+    sharding.check_fit(config.model, config.data, config.optim, sharding.make_mesh(config.mesh))
     precision, why = pretrain.choose_precision(config)
-    print(f"precision: {precision} ({why})", flush=True)
+    say = hosts.only_first(lambda line: print(line, flush=True))
+    say(f"precision: {precision} ({why})")
     experiment = (build or pretrain.experiment)(config, precision=precision)
-    ending = loop.run(experiment, precision, say=lambda line: print(line, flush=True), more_environment={"precision_because": why})
+    ending = loop.run(experiment, precision, say=say, more_environment={"precision_because": why})
     import jax
 
     if jax.process_index() == 0:
@@ -93,125 +151,60 @@ def run(config: TrainConfig, build: Callable[..., Any] | None = None) -> int:
     return ending.exit_code
 
 
-def report(arguments: list[str]) -> int:
+def report(words: list[str]) -> int:
     """Write the report of a run directory again."""
-    if len(arguments) != 1 or not (Path(arguments[0]) / "config.json").exists():
-        raise ConfigError(f"jaxllm report takes one run directory (with a config.json), and was given {' '.join(arguments) or 'nothing'}")
-    _write_report(Path(arguments[0]))
+    if words and words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if len(words) != 1:
+        raise ConfigError(f"jaxllm report takes one run directory, and was given {' '.join(words) or 'nothing'}")
+    folder = Path(words[0])
+    if not (folder / "config.json").exists():
+        runs = [str(path.parent) for path in folder.parent.glob("*/config.json")]
+        raise ConfigError(f"{folder} is no run directory: there is no config.json in it{nearest(str(folder), runs)}")
+    _write_report(folder)
     return 0
 
 
-def init(arguments: list[str]) -> int:
+def init(words: list[str]) -> int:
     """Copy configs/ and experiments/ into a folder."""
-    folder = Path(arguments[0] if arguments else ".")
+    if words and words[0].startswith("-"):
+        print(USAGE)
+        return 0 if words[0] in ("-h", "--help") else 2
+    if len(words) > 1:
+        raise ConfigError(f"jaxllm init takes one folder, and was given {' '.join(words)}")
+    folder, names = Path(words[0] if words else "."), ("configs", "experiments")
     source = Path(__file__).parent / "_init"
     if not source.exists():  # an editable install: the folders lie beside the package
         source = Path(__file__).parent.parent
-    for name in ("configs", "experiments"):
+    for name in names:
         if (folder / name).exists():
             raise ConfigError(f"{folder / name} exists already; choose another folder: jaxllm init DIR")
-    for name in ("configs", "experiments"):
-        shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    print(f"wrote {folder / 'configs'} and {folder / 'experiments'}\nnext: cd {folder} && jaxllm train configs/quickstart.py")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as half_written:
+            for name in names:
+                shutil.copytree(source / name, Path(half_written, name), ignore=shutil.ignore_patterns("__pycache__"))
+            for name in names:
+                Path(half_written, name).rename(folder / name)
+    except OSError as error:
+        raise ConfigError(f"cannot write into {folder} ({error.strerror or error}); choose another folder: jaxllm init DIR") from error
+    there = "" if folder.resolve() == Path.cwd() else f"cd {folder} && "
+    print(f"wrote {folder / 'configs'} and {folder / 'experiments'}\nnext: {there}jaxllm train configs/quickstart.py")
     return 0
 
 
-# --------------------------------------------------------------------------------------------- parts
-
-
 def setup_jax() -> None:
-    """Settings that must come before JAX starts: a compilation cache that outlives the process."""
+    """Settings for JAX, best made before it is imported: a compilation cache that outlives the process, and no chatter."""
     cache = Path(os.environ.get("JAXLLM_CACHE", "~/.cache/jaxllm")).expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if "jax" in sys.modules:  # `python -m experiments.FILE` has imported it
+        import jax
 
-
-def _target(arguments: list[str], command: str) -> tuple[str, list[str]]:
-    if not arguments or arguments[0].startswith("-"):
-        raise ConfigError(f"jaxllm {command} needs a target first, e.g. jaxllm {command} configs/quickstart.py")
-    return arguments[0], arguments[1:]
-
-
-def load_target(target: str) -> TrainConfig:
-    """The TrainConfig that `FILE.py[:NAME]` names; a ModelConfig is wrapped in a default TrainConfig.
-
-    Raises:
-      ConfigError: no such file or name (with the nearest), or something else than a config.
-    """
-    path, _, name = target.partition(":")
-    module = load_file(Path(path))
-    presets = getattr(module, "PRESETS", {})
-    values = {n: v for n, v in vars(module).items() if isinstance(v, (TrainConfig, ModelConfig))} | presets
-    name = name or ("config" if "config" in values else "small")
-    if name not in values:
-        raise ConfigError(f"{path} has no configuration '{name}'{nearest(name, values)} It has: {', '.join(values) or 'none'}")
-    value = values[name]
-    return TrainConfig(name=name, model=value) if isinstance(value, ModelConfig) else value
-
-
-def load_file(path: Path) -> ModuleType:
-    """A Python file as a module, with its folder's parent importable, so that configs import each other."""
-    if not path.is_file():
-        near = nearest(str(path), [str(p) for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
-        hint = near or "; `jaxllm init` writes the configurations that come with the package"
-        raise ConfigError(f"no file {path}{hint}")
-    root = str(path.resolve().parent.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    spec = importlib.util.spec_from_file_location(f"{path.resolve().parent.name}.{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from None
-    return module
-
-
-def parse_flags(config: TrainConfig, arguments: list[str], program: str) -> TrainConfig:
-    """`config` with flags applied; every field is one, by its own name.
-
-    Raises:
-      ConfigError: an unknown flag (with the nearest) or a value of the wrong type.
-    """
-    if not arguments:
-        return config
-    import tyro
-
-    for argument in arguments:
-        if argument.startswith("--") and argument not in ("--help",):
-            name = argument[2:].split("=")[0].replace("-", "_")
-            known = field_names(config)
-            if name not in known:
-                raise ConfigError(f"no option --{name}{nearest(name, known)} `{program} --help` lists them all")
-    try:
-        return tyro.cli(
-            TrainConfig, default=config, args=arguments, prog=program, use_underscores=True, console_outputs=True,
-            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-        )  # fmt: skip
-    except SystemExit as stop:
-        if stop.code:
-            raise ConfigError(f"cannot read the options; `{program} --help` shows each one's type") from None
-        raise
-
-
-def field_names(config: Any, prefix: str = "") -> list[str]:
-    """Dotted names of every field, nested configs and tuples of them included."""
-    import dataclasses
-
-    names: list[str] = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        names.append(prefix + field.name)
-        if dataclasses.is_dataclass(value):
-            names += field_names(value, f"{prefix}{field.name}.")
-        elif isinstance(value, tuple):
-            for index, item in enumerate(value):
-                if dataclasses.is_dataclass(item):
-                    names += field_names(item, f"{prefix}{field.name}.{index}.")
-    return names
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]))
 
 
 def _write_report(run_dir: Path) -> None:
@@ -233,6 +226,210 @@ def _print_results(run_dir: Path) -> None:
     for name, bits, note in rows:
         print(f"  {name:<{width}}  {bits:5.3f}  {note}")
     print(f"\nto go on: {results['go_on']}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------- targets
+
+
+def load_target(target: str) -> tuple[TrainConfig, Build | None]:
+    """The TrainConfig that `FILE.py[:NAME]` names, and the file's `build` where it has one.
+
+    A ModelConfig is wrapped in a default TrainConfig.
+
+    Raises:
+      ConfigError: no such file or name (with the nearest), a file that cannot be imported, or no config in it.
+    """
+    path, _, name = target.partition(":")
+    module = load_file(Path(path))
+    values = {n: v for n, v in vars(module).items() if isinstance(v, (TrainConfig, ModelConfig)) and not n.startswith("_")}
+    values |= getattr(module, "PRESETS", {})
+    name = name or ("config" if "config" in values else "small")
+    if name not in values:
+        raise ConfigError(f"{path} has no configuration '{name}'{nearest(name, values) or ';'} it has: {', '.join(values) or 'none'}")
+    value = values[name]
+    config = TrainConfig(name=name, model=value) if isinstance(value, ModelConfig) else value
+    return config, getattr(module, "build", None)
+
+
+def load_file(path: Path) -> types.ModuleType:
+    """A Python file as a module, with its folder's parent importable, so that configs import each other.
+
+    Raises:
+      ConfigError: no such file (with the nearest), or one that raises (with the line).
+    """
+    if not path.is_file():
+        near = nearest(str(path), [str(p) for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        hint = near or "; `jaxllm init` writes the configurations that come with the package"
+        raise ConfigError(f"no file {path}{hint}" if not path.is_dir() else f"{path} is a folder; name a file in it")
+    if path.suffix != ".py":
+        raise ConfigError(f"{path} is not a Python file; a target is configs/FILE.py[:NAME] or experiments/FILE.py:PRESET")
+    root = str(path.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    spec = importlib.util.spec_from_file_location(f"{path.resolve().parent.name}.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename or path}, line {error.lineno or '?'}: {error.msg}; mend it there") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from error
+    except Exception as error:
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{path}, line {frames[-1] if frames else '?'}: {kind}{error}") from error
+    return module
+
+
+# --------------------------------------------------------------------------------------------- flags
+
+
+def parse_flags(config: TrainConfig, words: Sequence[str], program: str) -> TrainConfig:
+    """`config` with flags applied; every field is one, by its dotted name.
+
+    An index one past a tuple of configs adds one (`--data.sources.1.path more.txt`), and a field of an optional
+    config that is None makes it.
+
+    Raises:
+      ConfigError: an unknown flag (with the nearest), a value of the wrong type, or one that its config refuses.
+    """
+    flags: list[list[str]] = []
+    for word in words:
+        if word == "-h" or word.startswith("--"):
+            name, equals, value = ("help" if word == "-h" else word[2:]).partition("=")
+            flags.append([f"--{name.replace('-', '_')}", *([value] if equals else [])])
+        elif flags:
+            flags[-1].append(word)
+        else:
+            raise ConfigError(f"options begin with --, as in --optim.lr 1e-3, and '{word}' does not")
+    if not flags:
+        return config
+    for flag, *_ in flags:
+        config = _reach(config, TrainConfig, flag[2:].split("."))
+    known = dict(_options(config, TrainConfig))
+    for flag, *_ in flags:
+        if flag[2:] not in known and flag != "--help":
+            raise ConfigError(f"no option {flag}{_suggest(flag[2:], known)} `{program} --help` lists them all")
+    if ["--help"] in flags:
+        return _tyro(config, ["--help"], program)
+    try:
+        return _tyro(config, [word for flag in flags for word in flag], program)
+    except SystemExit as stop:
+        refusal = _refusal(stop)
+        raise refusal or _misread(config, flags, known, program) from None
+
+
+def _misread(config: TrainConfig, flags: Sequence[list[str]], known: Mapping[str, Any], program: str) -> ConfigError:
+    """The error that names the first flag whose value is not of its type."""
+    for flag, *given in flags:
+        try:
+            _tyro(config, [flag, *given], program)
+        except SystemExit as stop:
+            if _refusal(stop) is None:
+                hint = known[flag[2:]]
+                near = nearest(given[0], map(str, typing.get_args(hint))) if len(given) == 1 and typing.get_origin(hint) is Literal else ""
+                return ConfigError(f"{flag} takes {_takes(hint)}, and was given {' '.join(given) or 'nothing'}{near}")
+    return ConfigError(f"cannot read the options; `{program} --help` shows each one's type")
+
+
+def _tyro(config: TrainConfig, words: Sequence[str], program: str) -> TrainConfig:
+    """`config` changed by flags; --help prints and exits. Every mistake is a SystemExit, whose context says why."""
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def one_word(info: Any) -> Any:  # two open ends, one in the other, could be read in several ways
+        if info.type not in (tuple[float, ...], tuple[str | None, ...]):
+            return None
+        read = float if info.type == tuple[float, ...] else lambda word: None if word == "None" else word
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="NUMBER,…" if read is float else "AXIS,…",
+            instance_from_str=lambda given: tuple(map(read, given[0].split(","))),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: [",".join(map(str, value))],
+        )
+
+    markers = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands, tyro.conf.HelptextFromCommentsOff)
+    with contextlib.redirect_stderr(io.StringIO()):  # tyro's panels; the caller says it in one line
+        return tyro.cli(TrainConfig, default=config, args=words, prog=program, use_underscores=True, config=markers, registry=registry)
+
+
+def _refusal(stop: SystemExit) -> ConfigError | None:
+    """The ConfigError that made tyro stop, if it was one: a value of the right type that its config refuses."""
+    cause = stop.__context__
+    while cause is not None and not isinstance(cause, ConfigError):
+        cause = cause.__context__
+    return cause
+
+
+def _options(value: Any, hint: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of every field that holds a value rather than further fields."""
+    if dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        for field in dataclasses.fields(value):
+            yield from _options(getattr(value, field.name), hints[field.name], f"{prefix}.{field.name}" if prefix else field.name)
+    elif isinstance(value, tuple) and _config_type(hint) is not None:
+        for index, item in enumerate(value):
+            yield from _options(item, type(item), f"{prefix}.{index}")
+    elif _config_type(hint) is None:
+        yield prefix, hint
+
+
+def _config_type(hint: Any) -> Any:
+    """The config class that a tuple of any length or an optional field is of; None for everything else."""
+    return next((kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)), None)
+
+
+def _reach(value: Any, hint: Any, keys: Sequence[str]) -> Any:
+    """`value` with the default configs put in that the path `keys` goes through and `value` lacks."""
+    if not keys:
+        return value
+    kind, key = _config_type(hint), keys[0]
+    if kind is not None and isinstance(value, tuple):
+        if not key.isdecimal() or int(key) > len(value) or not keys[1:]:
+            return value
+        items = [*value, kind()] if int(key) == len(value) else list(value)
+        items[int(key)] = _reach(items[int(key)], kind, keys[1:])
+        return tuple(items)
+    if kind is not None and value is None:
+        value = kind()
+    if not dataclasses.is_dataclass(value) or key not in (hints := typing.get_type_hints(type(value))):
+        return value
+    before = getattr(value, key)
+    after = _reach(before, hints[key], keys[1:])
+    return value if after is before else dataclasses.replace(typing.cast(Any, value), **{key: after})
+
+
+def _suggest(name: str, known: Mapping[str, Any]) -> str:
+    """What somebody who wrote `--name` may have meant: a field of that group, a group's field of that name, the nearest spelling."""
+    for found in (
+        [option for option in known if option.startswith(f"{name}.")],
+        [option for option in known if option.rpartition(".")[2] == name.rpartition(".")[2]],
+    ):
+        if found:
+            return f"; did you mean {' or '.join(f'--{option}' for option in found[:3])}?"
+    return nearest(f"--{name}", [f"--{option}" for option in known]) or ";"
+
+
+def _takes(hint: Any) -> str:
+    """A type in words.
+
+    >>> _takes(float | None), _takes(tuple[tuple[str, bool], ...])
+    ('a number or None', 'any number of (a text, True or False)')
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if hint in (tuple[float, ...], tuple[str | None, ...]):
+            return "words joined by commas"
+        return f"any number of {_takes(args[0])}" if args[-1] is Ellipsis else f"({', '.join(map(_takes, args))})"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_takes, args))
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", types.NoneType: "None"}
+    return f"one of {', '.join(map(str, args))}" if origin is Literal else words[hint]
 
 
 if __name__ == "__main__":

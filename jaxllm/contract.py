@@ -94,18 +94,48 @@ class Out(NamedTuple):
 def dot_in(dtype: str) -> Dot:
     """The default `dot`: both operands cast to `dtype`, float32 accumulation and result; the caller casts back.
 
+    The backward pass is written out as two einsums of the same kind: cotangents are cast too, and the kernel's gradient
+    leaves its accumulator in float32. JAX's own transposition would multiply float32 by bf16 and round that gradient to
+    bf16, and on XLA:CPU keeps some products out of the matmul library. Reverse mode only, like every `custom_vjp`.
+
     Cached, so that two models of one precision share one function and a jitted step does not recompile.
     """
+    return lambda name, spec, x, leaves: _einsum(dtype, _explicit(spec, x.ndim), x, leaves["kernel"])
 
+
+def _explicit(spec: str, num_dims: int) -> str:
+    """An einsum without '...': the dimensions it stands for get letters of their own.
+
+    >>> _explicit('...D,VD->...V', 3)
+    'abD,VD->abV'
+    """
+    missing = num_dims - len(spec.split(",")[0].replace("...", ""))
+    return spec.replace("...", "abcdefgh"[:missing])
+
+
+def _products(dtype: str) -> Callable[[str, Array, Array], Array]:
     # A TPU multiplies float32 operands in one bf16 pass, and a GPU in TF32, unless told otherwise.
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    return lambda spec, a, b: jnp.einsum(spec, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 
-    def dot(name: str, spec: str, x: Array, leaves: Params) -> Array:
-        del name
-        return jnp.einsum(spec, x.astype(dtype), leaves["kernel"].astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 
-    return dot
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _einsum(dtype: str, spec: str, x: Array, kernel: Array) -> Array:
+    return _products(dtype)(spec, x, kernel)
 
+
+def _einsum_forward(dtype: str, spec: str, x: Array, kernel: Array) -> tuple[Array, Any]:
+    return _einsum(dtype, spec, x, kernel), (x.astype(dtype), kernel, jnp.zeros((0,), x.dtype))
+
+
+def _einsum_backward(dtype: str, spec: str, saved: Any, g: Array) -> tuple[Array, Array]:
+    (x, kernel, like), product = saved, _products(dtype)
+    operands, out = spec.split("->")
+    a, b = operands.split(",")
+    return product(f"{out},{b}->{a}", g, kernel).astype(like.dtype), product(f"{a},{out}->{b}", x, g).astype(kernel.dtype)
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 FLOAT32 = dot_in("float32")
 

@@ -1,4 +1,4 @@
-"""The bf16 projection of CPUs: equal to the plain einsum, and really bf16 in every product of the compiled program."""
+"""`dot_in("bfloat16")`: gradients near the exact ones, and really bf16 in every product of the compiled program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jaxllm.contract import dot_in
-from jaxllm.models.matmul import dot_cpu_bfloat16
 
 SPECS = {
     "BTD,DNH->BTNH": ((2, 32, 64), (64, 2, 32)),
@@ -29,11 +28,11 @@ def arrays(spec: str) -> tuple[jax.Array, jax.Array]:
 def test_value_and_gradients_are_those_of_the_einsum(spec: str) -> None:
     x, kernel = arrays(spec)
     weigh = lambda y: (y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape))).sum()
-    ours, plain, exact = (
+    ours, exact = (
         jax.value_and_grad(lambda x, k, dot=dot: weigh(dot("site", spec, x, {"kernel": k})), (0, 1))(x, kernel)
-        for dot in (dot_cpu_bfloat16, dot_in("bfloat16"), dot_in("float32"))
+        for dot in (dot_in("bfloat16"), dot_in("float32"))
     )
-    assert ours[0] == pytest.approx(plain[0], rel=1e-6), "the forward product is the same one"
+    assert float(ours[0]) == pytest.approx(float(exact[0]), rel=0.05)
     for mine, true in zip(ours[1], exact[1], strict=True):
         assert mine.dtype == jnp.float32
         assert np.linalg.norm(mine - true) < 0.01 * np.linalg.norm(true), "bf16 operands: 8 bits of mantissa"
@@ -47,5 +46,8 @@ def test_no_product_is_cast_to_float32(spec: str) -> None:
         types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
         return [(types[a], types[b]) for a, b in re.findall(r" dot\(%([\w.\-]+), %([\w.\-]+)\)", text)]
 
-    assert products(dot_cpu_bfloat16) == [("bf16", "bf16")] * 3
-    assert ("f32", "f32") in products(dot_in("bfloat16")), "the plain einsum no longer needs help: delete this file and its subject"
+    plain = lambda name, spec, x, leaves: jnp.einsum(
+        spec, x.astype("bfloat16"), leaves["kernel"].astype("bfloat16"), preferred_element_type=jnp.float32
+    )
+    assert products(dot_in("bfloat16")) == [("bf16", "bf16")] * 3
+    assert ("f32", "f32") in products(plain), "JAX's own transposition no longer needs help"

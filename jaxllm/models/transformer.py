@@ -27,7 +27,6 @@ from jaxllm.config import ConfigError, LayerKind, ModelConfig, nearest
 from jaxllm.contract import LM, Dot, Out, Params, Unembedding, dot_in
 from jaxllm.models.attention import Cache, Sight, attend, merge, slot_index, write_slots
 from jaxllm.models.layers import FeedForward, Norm, Projection, dropout, kernel_std, look_up, rope_tables, rotate
-from jaxllm.models.matmul import dot_cpu_bfloat16
 from jaxllm.sharding import constrain
 
 TAPS = (
@@ -240,8 +239,7 @@ def decoder(
     """
     activation, operand = PRECISIONS[precision]
     dims = "B T@model ." if shard_sequence else "B T D"
-    head = dot or dot_in(operand)  # the vocabulary pass brings a backward pass of its own for the plain one
-    einsum = dot or (dot_cpu_bfloat16 if precision == "bfloat16_matmul" and jax.default_backend() == "cpu" else head)
+    einsum = dot or dot_in(operand)
     block = Block(config, einsum, operand, dims)
     stack = partial(_run_layers, config, block, remat, unroll, reparam)
 
@@ -321,7 +319,7 @@ def decoder(
     def unembed(params: Params) -> Unembedding:
         """The output head: the embedding table itself where they are tied."""
         leaves = {"kernel": params["embed"]["tokens"]} if config.tied_embeddings else params["unembed"]
-        return Unembedding(leaves, config.logit_scale, config.logit_soft_cap, config.vocab_size, head)
+        return Unembedding(leaves, config.logit_scale, config.logit_soft_cap, config.vocab_size, einsum)
 
     def init_cache(batch_size: int, max_length: int) -> Cache:
         """An empty cache for rows of up to `max_length` tokens."""

@@ -1,0 +1,7 @@
+"""`python -m jaxllm`: the `jaxllm` command."""
+
+import sys
+
+from jaxllm.cli import main
+
+sys.exit(main())
