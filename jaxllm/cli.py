@@ -277,7 +277,7 @@ def load_file(path: Path) -> types.ModuleType:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from error
     except Exception as error:
-        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()]
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         raise ConfigError(f"{path}, line {frames[-1] if frames else '?'}: {kind}{error}") from error
     return module

@@ -27,7 +27,7 @@ from jaxllm import hosts, metrics, rundir, sharding, spike
 from jaxllm.checkpoint import Checkpointer
 from jaxllm.config import ConfigError
 from jaxllm.data.batch import Item, Position, to_global
-from jaxllm.step import Experiment, Frozen, TrainState, fresh_frozen, make_step, state_factory, student_params
+from jaxllm.step import Experiment, Frozen, TrainState, frozen_base, make_step, state_factory, student_params
 
 type Say = Callable[[str], None]
 
@@ -190,12 +190,15 @@ class Session:
     def resume(self) -> None:
         """Take up the newest good checkpoint, or start from the seed or the given weights."""
         restored = self.checkpoints.restore(self.template, say=self.say)
-        self.frozen = fresh_frozen(self.experiment, self.mesh)
+        first = self.experiment.initial_params
+        params = None
+        if first is not None and (restored is None or self.config.optim.freeze):  # checkpoints hold no frozen leaves
+            params = first(self.mesh)
+        self.frozen = frozen_base(self.experiment, self.mesh, params)
         if self.experiment.load_frozen is not None:
             self.frozen |= self.experiment.load_frozen(self.mesh)
         if restored is None:
-            first = self.experiment.initial_params
-            self.state = self.make_state(None if first is None else first(self.mesh))
+            self.state = self.make_state(params)
             self.writer.cut_back(0)
             return
         self._take(restored)

@@ -15,8 +15,8 @@ from typing import Any, Literal, cast
 import jax
 from jax.sharding import Mesh
 
-from jaxllm import checkpoint, metrics, rundir, sharding
-from jaxllm.config import ConfigError, TrainConfig
+from jaxllm import checkpoint, metrics, optim, rundir, sharding, tree
+from jaxllm.config import ConfigError, TrainConfig, from_dict
 from jaxllm.contract import LM, Batch, Mean, Params
 from jaxllm.data import batch as batches
 from jaxllm.data.batch import Dataset, to_global
@@ -100,13 +100,25 @@ def experiment(
 
 
 def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
-    """The weights of another run, placed on this mesh."""
-    shapes = jax.eval_shape(lambda key: sharding.pad_vocab(lm.init(key), mesh.shape["model"]), jax.random.key(0))
-    where = sharding.shardings(sharding.param_specs(shapes, mesh, config.mesh.rules), mesh)
-    template = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+    """The weights of another run, placed on this mesh: its checkpoint's, and where it froze some, those it started from.
+
+    Raises:
+      ConfigError: nothing there, or a checkpoint of another architecture (what differs).
+    """
     if not Path(config.init_from).exists():
         raise ConfigError(f"init_from names {config.init_from}, and there is no such run directory or checkpoint")
-    return checkpoint.load_params(config.init_from, template).state
+    multiple = mesh.shape["model"]
+    shapes = jax.eval_shape(lambda key: sharding.pad_vocab(lm.init(key), multiple), jax.random.key(0))
+    where = sharding.shardings(sharding.param_specs(shapes, mesh, config.mesh.rules), mesh)
+    template = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+    _, meta = checkpoint.read_meta(config.init_from)
+    parent = from_dict(TrainConfig, meta["config"])
+    trained, frozen = tree.partition(template, partial(optim.trainable, parent.optim))
+    params = checkpoint.load_params(config.init_from, trained).state
+    if not frozen:
+        return params
+    rest = starting_params(parent, lm, mesh) if parent.init_from else sharding.pad_vocab(lm.init(jax.random.key(parent.seed)), multiple)
+    return tree.merge(params, tree.partition(jax.device_put(rest, where), partial(optim.trainable, parent.optim))[1])
 
 
 def held_out(lm: LM, config: TrainConfig) -> Callable[..., dict[str, Any]]:

@@ -266,19 +266,22 @@ def state_factory(experiment: Experiment, mesh: Mesh) -> tuple[Callable[..., Tra
     return make, template, optimizer
 
 
-def fresh_frozen(experiment: Experiment, mesh: Mesh) -> Frozen:
-    """The student's frozen leaves, initialised from the seed and placed by rule; empty when everything trains."""
+def frozen_base(experiment: Experiment, mesh: Mesh, params: Params | None = None) -> Frozen:
+    """The student's frozen leaves, from `params` or the seed, placed by rule; empty when everything trains."""
     config = experiment.config
     keep = partial(optim.trainable, config.optim)
+    if params is not None:
+        base = tree.partition(params, keep)[1]
+        return {BASE: base} if base else {}
 
-    def base(key: Array) -> Params:
+    def fresh(key: Array) -> Params:
         return tree.partition(sharding.pad_vocab(experiment.lm.init(key), mesh.shape["model"]), keep)[1]
 
-    shapes = jax.eval_shape(base, jax.random.key(config.seed))
+    shapes = jax.eval_shape(fresh, jax.random.key(config.seed))
     if not shapes:
         return {}
     specs = sharding.param_specs(shapes, mesh)
-    return {BASE: jax.jit(base, out_shardings=sharding.shardings(specs, mesh))(jax.random.key(config.seed))}
+    return {BASE: jax.jit(fresh, out_shardings=sharding.shardings(specs, mesh))(jax.random.key(config.seed))}
 
 
 def student_params(state: TrainState, frozen: Frozen, *, average: bool = True) -> Params:
