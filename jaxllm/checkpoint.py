@@ -24,8 +24,10 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -439,11 +441,20 @@ def _raw_template(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+@cache
 def _orbax() -> Any:
     """The module. It logs each background error with several tracebacks before it raises it; raising is enough."""
     import orbax.checkpoint
 
     logging.getLogger("absl").addFilter(_not_from_orbax)
+    show = sys.unraisablehook
+
+    def quiet(unraisable: Any) -> None:
+        # After one failed write tensorstore calls back, once for each of the others, into an event loop that is gone.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = quiet
     return orbax.checkpoint
 
 

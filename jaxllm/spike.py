@@ -7,7 +7,7 @@ batches did no harm from another checkpoint. Source: arXiv:2204.02311 section 5.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -29,11 +29,11 @@ def robust_z(recent: Sequence[float], loss: float) -> float:
     return (loss - middle) / max(spread, 1e-3 * abs(middle), 1e-12)
 
 
-def is_spike(config: SpikeConfig, recent: Sequence[float], loss: float) -> bool:
+def is_spike(config: SpikeConfig, recent: Collection[float], loss: float) -> bool:
     """Whether `loss` is a spike after the losses of the last `config.window` steps (fewer: never)."""
     if not config.enabled or len(recent) < config.window:
         return False
-    return not math.isfinite(loss) or robust_z(recent[-config.window :], loss) > config.threshold
+    return not math.isfinite(loss) or robust_z(list(recent)[-config.window :], loss) > config.threshold
 
 
 def skip_range(config: SpikeConfig, first_batch: int, spike_batch: int) -> tuple[int, int]:

@@ -210,7 +210,7 @@ def test_a_missing_python_is_said_in_one_line(tmp_path: Path):
 
 # --------------------------------------------------------------------------------- what files name
 
-NAMES_A_MACHINE = re.compile(r"(?<![\w.])/(root|home|work)/|https?://[^ ]*/(simple|packages)/|file:///")
+NAMES_A_MACHINE = re.compile(r"(?<![\w.])/(root|home|work)/|https?://[^ ]*/(simple|packages)/|file:/{3}")
 
 
 def test_no_committed_file_names_a_machine_or_an_index():
