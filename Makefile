@@ -7,6 +7,8 @@ PYTHON ?= python3.12
 PARITY_PYTHON ?= $(shell python3.11 -c 'import venv, ensurepip' 2>/dev/null && echo python3.11 || echo $(PYTHON))
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test processes at a time; each compiles, which takes a core.
+JOBS ?= 2
 
 # What an older JAX would break (params, meshes, the decoder, losses, optimizers, checkpoints) in five minutes; data, reports and
 # whole training runs are left to `make test`.
@@ -19,7 +21,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/jaxllm train configs/quickstart.py
 
 test: $(VENV)/installed-test lint
-	$(BIN)/pytest -m "not fault and not compile" tests
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not fault and not compile" tests
 	JAX_PLATFORMS=cpu $(BIN)/pytest --doctest-modules jaxllm
 
 faults: $(VENV)/installed-test
@@ -34,7 +36,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy jaxllm
 
 oldest: .venv-oldest/installed
-	.venv-oldest/bin/pytest -m "not fault and not compile" $(OLDEST_TESTS)
+	.venv-oldest/bin/pytest -n $(JOBS) --dist loadfile -m "not fault and not compile" $(OLDEST_TESTS)
 
 # Hugging Face's own models as the reference, in an environment of their own.
 parity: $(VENV)/installed-test .venv-parity/installed

@@ -18,18 +18,16 @@ from jaxllm.config import (
 
 config = TrainConfig(
     name="quickstart",
-    model=ModelConfig(
-        num_layers=6, width=256, num_heads=4, num_kv_heads=2, head_size=64, ff_width=704, vocab_size=4096, max_length=512
-    ),
+    model=ModelConfig(num_layers=4, width=256, num_heads=4, num_kv_heads=2, head_size=64, ff_width=704, vocab_size=4096, max_length=512),
     data=DataConfig(
         sources=(SourceConfig(kind="stdlib"),),
         tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=4096),
         sequence_length=256,
-        batch_size=16,
+        batch_size=8,
     ),
-    optim=OptimConfig(lr=2e-3, schedule=ScheduleConfig(kind="wsd", warmup_steps=20, decay_steps=60), b2=0.99, weight_decay=0.1),
-    loss=LossConfig(z_loss=1e-4, chunk=128),
+    loss=LossConfig(z_loss=1e-4),
+    optim=OptimConfig(lr=4e-3, b2=0.98, schedule=ScheduleConfig(kind="wsd", warmup_steps=20, decay_steps=100, end_ratio=0.05)),
+    remat="minimal",
     num_steps=300,
     save_every=100,
-    log_every=10,
 )

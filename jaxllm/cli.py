@@ -241,8 +241,8 @@ def load_target(target: str) -> tuple[TrainConfig, Build | None]:
     """
     path, _, name = target.partition(":")
     module = load_file(Path(path))
-    values = {n: v for n, v in vars(module).items() if isinstance(v, (TrainConfig, ModelConfig)) and not n.startswith("_")}
-    values |= getattr(module, "PRESETS", {})
+    found = {n: v for n, v in vars(module).items() if isinstance(v, (TrainConfig, ModelConfig)) and not n.startswith("_")}
+    values = getattr(module, "PRESETS", found)
     name = name or ("config" if "config" in values else "small")
     if name not in values:
         raise ConfigError(f"{path} has no configuration '{name}'{nearest(name, values) or ';'} it has: {', '.join(values) or 'none'}")

@@ -196,9 +196,10 @@ def ref_block(c: ModelConfig, p: dict, x: np.ndarray, positions: np.ndarray, seg
     x = add("attention", x, attend(before("attention", x)))
     if c.cross_attention:
         assert row.memory is not None
-        real = np.ones(len(row.memory)) if row.memory_segments is None else row.memory_segments
+        owner = row.memory_segments
+        reads = lambda i, j: owner is None or (owner[j] == segments[i] and owner[j] > 0)
         u = before("cross_attention", x)
-        x = add("cross_attention", x, ref_attention(c, p["cross_attention"], u, row.memory, lambda i, j: real[j] > 0, None, row, layer))
+        x = add("cross_attention", x, ref_attention(c, p["cross_attention"], u, row.memory, reads, None, row, layer))
     return add("mlp", x, ref_mlp(c, p["mlp"], before("mlp", x)))
 
 
@@ -288,9 +289,10 @@ def case_inputs(name: str) -> tuple[np.ndarray, dict[str, Any], list[Extras]]:
         bias = rng.normal(size=(3, c.num_heads, T, T)).astype(np.float32)
         return inputs, {"bias": bias}, [Extras(bias=b) for b in bias]
     if c.cross_attention:
-        memory, real = rng.normal(size=(3, 6, 7)).astype(np.float32), np.array([[1] * 5 + [0]] * 3, np.int32)
-        memory[1:] = memory[0]
-        return inputs, {"memory": memory, "memory_segment_ids": real}, [Extras(memory=m, memory_segments=r) for m, r in zip(memory, real)]
+        memory = rng.normal(size=(3, 6, 7)).astype(np.float32)  # three entries for A, two for B, one of padding
+        memory[1], memory[2, :2] = memory[0], memory[0, 3:5]
+        owner = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]], np.int32)
+        return inputs, {"memory": memory, "memory_segment_ids": owner}, [Extras(memory=m, memory_segments=r) for m, r in zip(memory, owner)]
     if name == "prefix states":
         keys, values = rng.normal(size=(2, c.num_layers, 1, 3, c.num_kv_heads, c.head_size)).astype(np.float32)
         return inputs, {"prefix": (keys, values)}, [Extras(prefix=(keys[:, 0], values[:, 0]))] * 3

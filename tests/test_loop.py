@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_a_ramp_changes_the_batch_and_not_the_loss_of_a_token(folder: Path) -> N
     plan = json.loads((run / "environment.json").read_text())["batch_plan"]
     assert plan == ["batch 4 rows × 64 = 256 tokens = 2 × 2 rows for 2 steps", "batch 8 rows × 64 = 512 tokens = 4 × 2 rows"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
-    seen = [b["tokens"] - a["tokens"] for a, b in zip(records, records[1:], strict=False)]
+    seen = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(records)]
     assert seen[0] <= 256 < seen[1] <= 512
 
 

@@ -89,7 +89,7 @@ def train(shape: tuple[int, int, int], config: TrainConfig = CONFIG, loss: Any =
             where = jax.tree.map(lambda leaf: leaf.sharding, template)
             step = jax.jit(make_step(experiment, optimizer, mesh), donate_argnums=0, out_shardings=(where, None))
             first = jax.device_put(next(batches()), sharding.batch_sharding(mesh))
-            compiled = step.lower(state, {}, first).compile()
+            compiled = step.lower(state, {}, first).compile({"xla_backend_optimization_level": 0})  # LLVM's effort, not XLA's
             losses = []
             for batch in batches(steps):
                 state, metrics = compiled(state, {}, jax.device_put(batch, sharding.batch_sharding(mesh)))

@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
+    """One process of ours, or pairs with the peer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="Python of an environment with torch and transformers; without it only we run, once")
     parser.add_argument("--peer_dtype", default="float32", choices=["float32", "bfloat16"], help="the peer's best on this machine")
@@ -83,7 +84,8 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (args.batch, args.length + 1)).astype(np.int32)
         ones = np.ones((args.batch, args.length), np.int32)
         positions = np.tile(np.arange(args.length, dtype=np.int32), (args.batch, 1))
-        batch = jax.device_put(Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions), sharding.batch_sharding(mesh))
+        rows = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
+        batch = jax.device_put(rows, sharding.batch_sharding(mesh))
         state, seconds = make(), []
         for _ in range(args.steps):
             start = time.perf_counter()
