@@ -1,5 +1,5 @@
 # make quickstart: install, and train a small model on real text, with no download
-# make test:       the suite; make faults: real processes, killed; make parity: against Hugging Face; make compile: large programs
+# make test:       the suite; make faults: real processes, killed; make parity: against Hugging Face
 # make oldest:     the fast tests against the oldest JAX that pyproject.toml admits
 # Nothing but Python 3.12 and make is needed; make PYTHON=/path/to/python3.12 names another one.
 PYTHON ?= python3.12
@@ -14,21 +14,18 @@ JOBS ?= 2
 # whole training runs are left to `make test`.
 OLDEST_TESTS := tests/laws $(patsubst %,tests/test_%.py,attention checkpoint config decoder losses optim sharding tree)
 
-.PHONY: quickstart test faults parity compile lint oldest wheel clean
+.PHONY: quickstart test faults parity lint oldest wheel clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
 	$(BIN)/jaxllm train configs/quickstart.py
 
 test: $(VENV)/installed-test lint
-	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not fault and not compile" tests
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not fault" tests
 	JAX_PLATFORMS=cpu $(BIN)/pytest --doctest-modules jaxllm
 
 faults: $(VENV)/installed-test
 	$(BIN)/pytest -m fault tests
-
-compile: $(VENV)/installed-test
-	$(BIN)/pytest -m compile tests
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -36,7 +33,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy jaxllm
 
 oldest: .venv-oldest/installed
-	.venv-oldest/bin/pytest -n $(JOBS) --dist loadfile -m "not fault and not compile" $(OLDEST_TESTS)
+	.venv-oldest/bin/pytest -n $(JOBS) --dist loadfile -m "not fault" $(OLDEST_TESTS)
 
 # Hugging Face's own models as the reference, in an environment of their own.
 parity: $(VENV)/installed-test .venv-parity/installed

@@ -362,6 +362,8 @@ class OptimConfig:
     """Type of the first moment."""
     num_microbatches: int = 1
     """The batch is cut into this many parts whose gradients add up exactly."""
+    noise_scale: bool = False
+    """Log the pair whose ratio of averages is the gradient noise scale (arXiv:1812.06162); needs num_microbatches >= 2."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "optim")
@@ -369,6 +371,8 @@ class OptimConfig:
             raise ConfigError(f"optim.lr is {self.lr}; it must be positive and finite")
         if self.num_microbatches < 1:
             raise ConfigError(f"optim.num_microbatches is {self.num_microbatches}; it must be at least 1")
+        if self.noise_scale and self.num_microbatches < 2:
+            raise ConfigError("optim.noise_scale compares micro-batches; set optim.num_microbatches to 2 or more")
 
 
 # ------------------------------------------------------------------------------------------- mesh

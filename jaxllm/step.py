@@ -118,17 +118,13 @@ def split_rows(batch: Batch, parts: int, shards: int) -> Batch:
 
 
 def make_step(
-    experiment: Experiment, optimizer: optax.GradientTransformation, mesh: Mesh, *, noise_scale: bool = False
+    experiment: Experiment, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]]:
     """The function that `jax.jit` compiles: (state, frozen, batch) -> (state, metrics).
 
     The gradients of micro-batches add up to the full batch's exactly, because every term of the loss divides
     by its weight over the whole batch, known from the masks before the first forward pass. The number of
     micro-batches is read off the batch's shape, so that a batch ramp keeps one micro-batch shape.
-
-    Args:
-      noise_scale: also return the summed squared norms of the micro-batches' gradients, for the gradient
-        noise scale (arXiv:1812.06162 appendix A); needs at least two micro-batches.
     """
     config, loss = experiment.config, experiment.loss
     forward = experiment.forward or observe(experiment.lm)
@@ -175,9 +171,10 @@ def make_step(
             "lr": jnp.asarray(rate(state.step), jnp.float32),
             "tokens": (batch.segment_ids > 0).sum().astype(jnp.float32),
         }
-        if noise_scale and micro_sq_norms is not None:
+        if config.optim.noise_scale and micro_sq_norms is not None:
             # Each micro-gradient was divided by the whole batch's weight: times `parts` it is the mean gradient of its rows.
-            metrics["micro_grad_sq_norm"] = micro_sq_norms.sum() * parts**2
+            small, big = micro_sq_norms.mean() * parts**2, jnp.square(metrics["grad_norm"])
+            metrics["noise_signal"], metrics["noise_variance"] = optim.noise_scale(small, big, micro_rows, batch.tokens.shape[0])
         state = TrainState(state.step, trainable, opt_state, loss.finish(state.loss_state, means), ema, state.key)
         return state, metrics
 

@@ -56,6 +56,18 @@ def test_stopping_twice_changes_no_bit(text: Path, unbroken: dict[str, Path], tm
     assert "this run is finished" in train(*args, text=text, devices=devices)
 
 
+def test_another_mesh_goes_on_with_the_same_losses(text: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
+    """Begun on eight devices, ended on one."""
+    devices, flags = MESHES["eight devices"]
+    args = ("--run_dir", str(tmp_path / "run"))
+    assert train_until(r"step +9/", SIGTERM, *args, *flags, text=text, devices=devices)[0] == 143
+    train(*args, text=text)
+    ours, theirs = losses(tmp_path / "run"), losses(unbroken["eight devices"])
+    assert ours.keys() == theirs.keys()
+    for step, values in ours.items():
+        assert values == pytest.approx(theirs[step], rel=1e-5)
+
+
 def test_a_streamed_epoch_resumes_to_the_same_bits(text: Path, tmp_path: Path) -> None:
     stream = tmp_path / "stream.jsonl"
     paragraphs = [p for p in text.read_text().split("\n\n") if p.strip()]

@@ -69,13 +69,14 @@ def test_the_loss_falls(finished: Path) -> None:
 
 
 def test_a_ramp_changes_the_batch_and_not_the_loss_of_a_token(folder: Path) -> None:
-    ramp = ("--data.batch_ramp", "2", "4", "--optim.num_microbatches", "4", "--num_steps", "4")
+    ramp = ("--data.batch_ramp", "2", "4", "--optim.num_microbatches", "4", "--num_steps", "4", "--optim.noise_scale", "True")
     run = train(folder, "ramp", *ramp)
     plan = json.loads((run / "environment.json").read_text())["batch_plan"]
     assert plan == ["batch 4 rows × 64 = 256 tokens = 2 × 2 rows for 2 steps", "batch 8 rows × 64 = 512 tokens = 4 × 2 rows"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
     seen = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(records)]
     assert seen[0] <= 256 < seen[1] <= 512
+    assert {"noise_signal", "noise_variance"} <= records[-1].keys()
 
 
 def test_weights_from_another_run_start_a_new_one(folder: Path, finished: Path) -> None:
