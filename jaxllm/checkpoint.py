@@ -1,15 +1,8 @@
-"""Checkpoints: Orbax writes the arrays, we write a manifest of hashes, and nothing counts before its manifest.
+"""Checkpoints: Orbax writes the arrays, `jaxllm/manifest.py` hashes the files, and nothing counts before its manifest.
 
-    checkpoints/00000100/arrays/…               Orbax's store, written by all processes, asynchronously
-    checkpoints/00000100/meta.json              step, logical vocabulary, shape and type of each leaf, the caller's data
-    checkpoints/00000100/manifest-0-of-2.json   path, size and hash of every file that process 0 wrote; the last act of a save
-    checkpoints/00000100/manifest-1-of-2.json   the same from process 1
-    checkpoints/corrupt-00000080/…              found damaged, set aside, never deleted by us
-
-Orbax does not check what it reads (25 of 25 flipped bits were restored silently), so sizes and hashes are
-verified before anything is read. A folder without a complete set of manifests is not a checkpoint: that is
-what a kill leaves behind at any moment of a save or of a deletion, and it is removed when a `Checkpointer`
-opens. The marker is a file rather than a rename, so that object stores (gs://) work too.
+Orbax does not check what it reads (25 of 25 flipped bits were restored silently), so sizes and hashes are verified before
+anything is read. What a kill left behind is removed when a `Checkpointer` opens. How a checkpoint lies on disk:
+`jaxllm/manifest.py`.
 
 We use Orbax's v0 classes (`AsyncCheckpointer`, `PyTreeCheckpointHandler`), because v1 still lives under
 `experimental`. Orbax is imported inside functions, because that takes a second.
@@ -22,8 +15,6 @@ import errno
 import json
 import logging
 import os
-import re
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,20 +23,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import xxhash
 from etils import epath
 
-from jaxllm import tree
+from jaxllm import manifest, tree
 from jaxllm.config import ConfigError
+from jaxllm.manifest import read_meta, verify
 from jaxllm.sharding import VOCAB_LEAVES
+
+__all__ = ["Checkpointer", "Restored", "load_params", "read_meta", "verify"]
 
 type PyTree = Any
 type Say = Callable[[str], None]
 
-_MANIFEST = re.compile(r"manifest-(\d+)-of-(\d+)\.json")
-_STEP = re.compile(r"\d{8,}")
-_BLOCK_BYTES = 1 << 22
-_HASH_THREADS = 4
 _BARRIER_TIMEOUT_MS = 20 * 60 * 1000
 
 
@@ -82,7 +71,7 @@ class Checkpointer:
 
         def make() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _clean(self.folder)
+            manifest.clean(self.folder)
 
         _on_first(make, f"open the checkpoints in {self.folder}", self.folder)
 
@@ -129,7 +118,7 @@ class Checkpointer:
 
     def saved_steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        return _saved_steps(self.folder)
+        return manifest.saved_steps(self.folder)
 
     def restore(self, template: PyTree, step: int | None = None, say: Say = print) -> Restored | None:
         """The newest checkpoint that is whole, on the template's mesh; None if there is none at all.
@@ -154,7 +143,7 @@ class Checkpointer:
             if not problems:
                 return _restore(self._path(candidate), template)
             aside = self._set_aside(candidate)
-            damaged.append(f"checkpoint {candidate} in {self.folder} is damaged ({_few(problems)}); set aside as {aside}")
+            damaged.append(f"checkpoint {candidate} in {self.folder} is damaged ({manifest.few(problems)}); set aside as {aside}")
             if jax.process_index() == 0:
                 say(damaged[-1])
         if damaged:
@@ -164,7 +153,7 @@ class Checkpointer:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The `meta` that was given to `save`, without reading arrays."""
-        return _read_meta(self._path(step))["meta"]
+        return manifest.read_record(self._path(step))["meta"]
 
     def delete_after(self, step: int) -> None:
         """Delete every checkpoint with a later step: the run is about to be rewound to `step`."""
@@ -173,7 +162,7 @@ class Checkpointer:
         def delete() -> None:
             for later in self.saved_steps():
                 if later > step:
-                    _remove(self._path(later))
+                    manifest.remove(self._path(later))
 
         _on_first(delete, f"delete checkpoints in {self.folder}", self.folder)
 
@@ -186,11 +175,11 @@ class Checkpointer:
         """Whether the step is saved already; else clear its folder and check that the arrays fit on the disk."""
 
         def prepare() -> bool:
-            if _is_complete(folder):
+            if manifest.is_complete(folder):
                 return True
             if folder.exists():
                 folder.rmtree()
-            free = _free_bytes(self.folder)
+            free = manifest.free_bytes(self.folder)
             if free is not None and free < num_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             folder.mkdir()
@@ -205,23 +194,23 @@ class Checkpointer:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 (folder / "meta.json").write_text(text)
-            _write_manifest(folder, jax.process_index(), jax.process_count())
+            manifest.write(folder, jax.process_index(), jax.process_count())
             _orbax().multihost.get_barrier_sync_fn()(key=f"manifests_{step}", timeout_ms=_BARRIER_TIMEOUT_MS)
         except Exception as error:
             raise self._failed(step, num_bytes, error) from error
         try:
             for old in self.saved_steps()[: -self.keep_last] if jax.process_index() == 0 else ():
                 if not self.keep_every or old % self.keep_every:
-                    _remove(self._path(old))
+                    manifest.remove(self._path(old))
         except OSError as error:
-            raise _failure(f"delete old checkpoints in {self.folder}", self.folder, 0, error) from error
+            raise manifest.failure(f"delete old checkpoints in {self.folder}", self.folder, 0, error) from error
 
     def _failed(self, step: int, num_bytes: int, error: Exception) -> Exception:
         """Remove the partial save and say what was needed."""
         with contextlib.suppress(OSError):
-            if jax.process_index() == 0 and not _is_complete(self._path(step)):
+            if jax.process_index() == 0 and not manifest.is_complete(self._path(step)):
                 self._path(step).rmtree()
-        return _failure(f"save step {step} in {self.folder}", self.folder, num_bytes, error)
+        return manifest.failure(f"save step {step} in {self.folder}", self.folder, num_bytes, error)
 
     def _set_aside(self, step: int) -> str:
         """Rename a damaged checkpoint, after all processes have looked at it."""
@@ -251,151 +240,14 @@ def load_params(
     Raises:
       ConfigError: no checkpoint there, none that is whole, or other params (with what differs).
     """
-    listed = _on_first(lambda: [os.fspath(path) for path in _candidates(folder)], f"read {folder}", epath.Path(folder))
+    listed = _on_first(lambda: [os.fspath(path) for path in manifest.candidates(folder)], f"read {folder}", epath.Path(folder))
     for candidate in map(epath.Path, listed):
         problems = _shared_problems(candidate)
         if not problems:
             return _restore(candidate, template, branches)
         if jax.process_index() == 0:
-            say(f"checkpoint {candidate} is damaged ({_few(problems)}); trying the one before")
+            say(f"checkpoint {candidate} is damaged ({manifest.few(problems)}); trying the one before")
     raise ConfigError(f"every checkpoint in {folder} is damaged; verify() lists what differs")
-
-
-def read_meta(folder: epath.PathLike) -> tuple[int, dict[str, Any]]:
-    """(step, meta) of the newest checkpoint of a run directory, a `checkpoints` folder, or one checkpoint."""
-    record = _read_meta(_candidates(folder)[0])
-    return record["step"], record["meta"]
-
-
-def verify(folder: epath.PathLike) -> list[str]:
-    """Everything that is wrong with the checkpoints in `folder` (as for `load_params`); empty when all are whole."""
-    return [f"{candidate}: {problem}" for candidate in _candidates(folder) for problem in _problems(candidate)]
-
-
-# ------------------------------------------------------------------------------ folders and manifests
-
-
-def _is_complete(folder: epath.Path) -> bool:
-    """Whether every process's manifest is there. Names alone decide, so that a damaged manifest is found, not cleaned away."""
-    found = [match for path in (folder.iterdir() if folder.is_dir() else ()) if (match := _MANIFEST.fullmatch(path.name))]
-    return any(len({m[1] for m in found if m[2] == num}) == int(num) for num in {m[2] for m in found})
-
-
-def _saved_steps(folder: epath.Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if _STEP.fullmatch(path.name) and _is_complete(path))
-
-
-def _candidates(folder: epath.PathLike) -> list[epath.Path]:
-    """Complete checkpoints, newest first, of a run directory, a `checkpoints` folder, or one checkpoint."""
-    path = epath.Path(folder)
-    if _is_complete(path):
-        return [path]
-    for root in (path / "checkpoints", path):
-        if root.is_dir() and (steps := _saved_steps(root)):
-            return [root / f"{step:08d}" for step in reversed(steps)]
-    what = "has no complete checkpoint" if path.exists() else "does not exist"
-    raise ConfigError(f"{path} {what}; give a run directory, its checkpoints folder, or one checkpoint in it")
-
-
-def _remove(folder: epath.Path) -> None:
-    """Delete a checkpoint, manifests first: killed in between, it no longer counts."""
-    for path in sorted(folder.iterdir()):
-        if _MANIFEST.fullmatch(path.name):
-            path.unlink()
-    folder.rmtree()
-
-
-def _clean(folder: epath.Path) -> None:
-    """Remove what killed saves and deletions left: steps without a complete set of manifests."""
-    for path in list(folder.iterdir()):
-        if _STEP.fullmatch(path.name) and path.is_dir() and not _is_complete(path):
-            path.rmtree()
-
-
-def _digest(path: epath.Path) -> tuple[int, str]:
-    """(size in bytes, xxh3-128) of a file."""
-    hasher, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            hasher.update(block)
-            size += len(block)
-    return size, hasher.hexdigest()
-
-
-def _write_manifest(folder: epath.Path, process: int, num_processes: int) -> None:
-    """Hash the files that this process wrote (Orbax names them after it; all others are process 0's) and say so, atomically."""
-    folders, names = [folder.parent, folder], ["meta.json"] if process == 0 else []
-    for root, _, found in (folder / "arrays").walk():
-        folders.append(root)
-        paths = [epath.Path(root, name).relative_to(folder).as_posix() for name in found]
-        names += [path for path in paths if int((re.search(r"process_(\d+)", path) or (0, 0))[1]) == process]
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        files = dict(zip(names, pool.map(_digest, [folder / name for name in names]), strict=True))
-    text = json.dumps(files, indent=1)
-    target = folder / f"manifest-{process}-of-{num_processes}.json"
-    if not _is_local(folder):
-        target.write_text(text)  # an object appears whole or not at all
-        return
-    temporary = folder / f"{target.name}.tmp"
-    temporary.write_text(text)
-    for path in [*(folder / name for name in names), temporary, *folders]:
-        _sync(path)
-    temporary.rename(target)
-    _sync(folder)
-
-
-def _sync(path: epath.PathLike) -> None:
-    """Force a local file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _problems(folder: epath.Path, share: slice = slice(None), only: str | None = None) -> list[str]:
-    """What differs from the manifests.
-
-    Args:
-      share: which of the sorted files to hash, so that processes can divide them.
-      only: look at this file alone.
-    """
-    problems: list[str] = []
-    expected: dict[str, tuple[int, str]] = {}
-    for path in sorted(folder.iterdir()):
-        if _MANIFEST.fullmatch(path.name):
-            try:
-                expected |= {name: (int(size), str(digest)) for name, (size, digest) in json.loads(path.read_text()).items()}
-            except (ValueError, TypeError, AttributeError):
-                problems.append(f"{path.name} is damaged")
-
-    def check(name: str) -> str | None:
-        size, digest = expected[name]
-        try:
-            given = _digest(folder / name)
-        except OSError as error:
-            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name} cannot be read ({error})"
-        if given[0] != size:
-            return f"{name} has {given[0]:,} bytes instead of {size:,}"
-        return None if given[1] == digest else f"{name} has changed since it was written (its hash differs)"
-
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        names = [name for name in sorted(expected) if only in (None, name)][share]
-        return problems + [problem for problem in pool.map(check, names) if problem]
-
-
-def _shared_problems(folder: epath.Path) -> list[str]:
-    """`_problems`, each process hashing a share of the files; the verdict of all, on all."""
-    own = _problems(folder, slice(jax.process_index(), None, jax.process_count()))
-    return list(dict.fromkeys(problem for problems in _from_all(own) for problem in problems))
-
-
-def _read_meta(folder: epath.Path) -> dict[str, Any]:
-    if not _is_complete(folder):
-        raise ConfigError(f"{folder} is not a complete checkpoint")
-    if problems := _problems(folder, only="meta.json"):
-        raise ConfigError(f"checkpoint {folder} is damaged: {_few(problems)}")
-    return json.loads((folder / "meta.json").read_text())
 
 
 # ------------------------------------------------------------------------------------ leaves and Orbax
@@ -481,7 +333,7 @@ def _restore(folder: epath.Path, template: PyTree, branches: Sequence[str] | Non
     Args:
       branches: as in `load_params`; None reads the whole state under its own paths.
     """
-    record = _read_meta(folder)
+    record = manifest.read_record(folder)
     saved = {path: _Spec(tuple(shape), dtype) for path, (shape, dtype) in record["leaves"].items()}
     origin = {path: path for path in saved}
     if branches is not None:
@@ -491,7 +343,7 @@ def _restore(folder: epath.Path, template: PyTree, branches: Sequence[str] | Non
     given = {path: saved[source] for path, source in origin.items()}
     if lines := _differences({path: _spec(leaf) for path, leaf in wanted.items()}, given, record["num_vocab"], branches is not None):
         fix = "Use the config that it was made with, or another run directory"
-        raise ConfigError(f"checkpoint {folder} is of another architecture or optimizer; in it: {_few(lines)}. {fix}")
+        raise ConfigError(f"checkpoint {folder} is of another architecture or optimizer; in it: {manifest.few(lines)}. {fix}")
     raw = {path: _raw_template(leaf) for path, leaf in wanted.items()}
     arrays = _read_arrays(folder / "arrays", {origin[path]: leaf for path, leaf in raw.items() if leaf.size})
     leaves = []
@@ -536,7 +388,7 @@ def _read_arrays(folder: epath.Path, templates: dict[str, jax.ShapeDtypeStruct])
     return dict(tree.items(ocp.Checkpointer(_handler()).restore(folder, args=request)))
 
 
-# ------------------------------------------------------------------------------- processes and errors
+# ------------------------------------------------------------------------------------------ processes
 
 
 def _from_all[T](value: T) -> list[T]:
@@ -551,6 +403,12 @@ def _from_all[T](value: T) -> list[T]:
     return [json.loads(row.tobytes()) for row in rows]
 
 
+def _shared_problems(folder: epath.Path) -> list[str]:
+    """`manifest.find_problems`, each process hashing a share of the files; the verdict of all, on all."""
+    own = manifest.find_problems(folder, slice(jax.process_index(), None, jax.process_count()))
+    return list(dict.fromkeys(problem for problems in _from_all(own) for problem in problems))
+
+
 def _on_first[T](act: Callable[[], T], doing: str, folder: epath.Path, num_bytes: int = 0) -> T:
     """`act()` on process 0; its result (JSON), or its error as a ConfigError, on every process."""
     reply: dict[str, Any] = {}
@@ -558,42 +416,10 @@ def _on_first[T](act: Callable[[], T], doing: str, folder: epath.Path, num_bytes
         try:
             reply = {"value": act()}
         except OSError as error:
-            reply = {"error": str(_failure(doing, folder, num_bytes, error))}
+            reply = {"error": str(manifest.failure(doing, folder, num_bytes, error))}
         except ConfigError as error:
             reply = {"error": str(error)}
     reply = _from_all(reply)[0]
     if "error" in reply:
         raise ConfigError(reply["error"])
     return reply["value"]
-
-
-def _failure(doing: str, folder: epath.Path, num_bytes: int, error: Exception) -> Exception:
-    """The error to raise when `doing` failed: one line with the folder, bytes needed and free, and the fix."""
-    text = str(error)
-    free = _free_bytes(folder)
-    room = f"; it needs {num_bytes:,} bytes and {'an unknown number' if free is None else f'{free:,}'} are free" if num_bytes else ""
-    if re.search("ENOSPC|No space left|EDQUOT|quota exceeded", text):
-        return ConfigError(f"cannot {doing}: the disk is full{room}. Free some space, or use another folder. Earlier checkpoints are whole")
-    if re.search("EFBIG|File too large", text):
-        fix = "Raise the limit on file sizes (`ulimit -f`), or use another folder. Earlier checkpoints are whole"
-        return ConfigError(f"cannot {doing}: the file would be larger than the system allows{room}. {fix}")
-    if isinstance(error, PermissionError) or re.search("EACCES|EPERM|EROFS|Permission denied|Read-only", text):
-        return ConfigError(f"cannot {doing}: no permission to write there. Make {folder} writable, or use another folder")
-    if isinstance(error, OSError):
-        return ConfigError(f"cannot {doing}: {text}. Use another folder")
-    return RuntimeError(f"cannot {doing}: {text.splitlines()[0] if text else type(error).__name__}{room}")
-
-
-def _is_local(path: epath.PathLike) -> bool:
-    return "://" not in os.fspath(path)
-
-
-def _free_bytes(folder: epath.Path) -> int | None:
-    """Bytes free where `folder` is or would be; None where the file system does not tell."""
-    existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
-    return shutil.disk_usage(existing).free if existing is not None and _is_local(folder) else None
-
-
-def _few(lines: Sequence[str], most: int = 6) -> str:
-    more = f"; and {len(lines) - most} more" if len(lines) > most else ""
-    return "; ".join(lines[:most]) + more

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
 import os
 import re
@@ -20,7 +22,7 @@ import pytest
 from jaxllm import cli
 from jaxllm import config as configs
 from jaxllm.config import LayerKind, RopeConfig, SourceConfig, TrainConfig
-from tests.runs import ROOT, TINY, Run, corpus, train
+from tests.runs import ROOT, SIGTERM, TINY, Run, corpus, train_until
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 _compiled: list[str] = []
@@ -209,7 +211,14 @@ def test_help_lists_every_field_with_type_default_and_meaning(capsys: pytest.Cap
     assert "model options" in shown and "optim.schedule options" in shown
     assert re.search(rf"--optim.lr FLOAT \W*Peak learning rate. \(default: {config.optim.lr}\)", shown)
     assert "--mesh.rules [STR AXIS,… [STR AXIS,… ...]]" in shown
-    assert "(default: Norms" not in shown and " Norms (default" not in shown, "a heading comment is no field's help"
+
+
+def test_every_field_has_a_sentence_for_the_help() -> None:
+    classes = [node for node in ast.parse(Path(configs.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
+    for node in classes:
+        for field, after in itertools.pairwise([*node.body, ast.Pass()]):
+            if isinstance(field, ast.AnnAssign) and "Config" not in ast.unparse(field.annotation):  # those have their own help
+                assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(field.target)} has no docstring"
 
 
 def test_help_without_a_target_and_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,18 +309,23 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(refused: Refused, tm
 # ---------------------------------------------------------------------------- run directories and checkpoints
 
 
+QUICK = ("--remat", "none", "--model.residual_dropout", "0", "--optim.ema_decay", "None")
+"""Flags with which tests/tiny.py compiles in less time."""
+
+
 @pytest.fixture(scope="module")
 def trained(text: Path) -> Path:
-    """A run of two steps, made in a process of its own with one device."""
+    """A run stopped in its first steps, in a process of its own."""
     run_dir = text.parent / "trained"
-    train("--run_dir", str(run_dir), "--num_steps", "2", text=text)
+    status, output = train_until(r"step +1/", SIGTERM, "--run_dir", str(run_dir), *QUICK, text=text)
+    assert status == 143, output
     return run_dir
 
 
 def test_weights_of_another_architecture_are_refused_with_what_differs(refused: Refused, trained: Path, tmp_path: Path) -> None:
-    error = refused("train", TINY, "--init_from", trained, "--model.width", "16")
+    error = refused("train", TINY, *QUICK, "--init_from", trained, "--model.width", "16")
     assert "is of another architecture" in error and "embed/tokens has shape (259, 32), expected (259, 16)" in error
-    error = refused("train", TINY, "--init_from", trained, "--model.tied_embeddings", "False")
+    error = refused("train", TINY, *QUICK, "--init_from", trained, "--model.tied_embeddings", "False")
     assert "missing unembed/kernel" in error
     assert "has no complete checkpoint" in refused("train", TINY, "--init_from", tmp_path)
 
@@ -319,7 +333,7 @@ def test_weights_of_another_architecture_are_refused_with_what_differs(refused: 
 def test_resuming_with_another_architecture_is_refused_with_what_differs(refused: Refused, trained: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "copy"
     shutil.copytree(trained, run_dir)
-    words = ("train", TINY, "--run_dir", run_dir, "--model.num_layers", "3")
+    words = ("train", TINY, *QUICK, "--run_dir", run_dir, "--model.num_layers", "3")
     error = refused(*words)
     assert "was trained with another configuration (model.num_layers: 2 → 3)" in error and "--on_config_change accept" in error
     error = refused(*words, "--on_config_change", "accept")

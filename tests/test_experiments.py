@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,35 +28,33 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def small_text(text: Path) -> list[str]:
-    """Flags for a corpus that tokenises at once, on one device, with every step written down."""
-    source = {"kind": "text", "path": str(text), "document": "paragraph"}
-    flags = [word for name, value in source.items() for word in (f"--data.sources.0.{name}", value)]
-    return [*flags, "--mesh.data", "1", "--log_every", "1", "--data.held_out_fraction", "0.02"]
-
-
-def test_debug_learns_and_both_commands_do_the_same(
-    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    here, there = text.parent / "here", text.parent / "there"
-    here.mkdir(), there.mkdir()
-    monkeypatch.setenv("JAXLLM_CACHE", str(text.parent / "cache"))
-    monkeypatch.chdir(here)
-    assert cli.main(["train", f"{FILE}:debug", *small_text(text)]) == 0
-    assert "held-out bits per byte" in capsys.readouterr().out
-
-    command = [sys.executable, "-m", "experiments.pretrain", "debug", "--num_steps", "5", *small_text(text)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=there, timeout=300)
+def test_debug_learns(text: Path, tmp_path: Path) -> None:
+    source = {"kind": "text", "path": str(text), "document": "paragraph"}  # smaller than the preset's, and tokenised at once
+    words = ["debug", "--log_every", "1", *(word for name, value in source.items() for word in (f"--data.sources.0.{name}", value))]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "JAXLLM_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "experiments.pretrain", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "to go on: python -m experiments.pretrain debug" in done.stdout
-
-    (run,), (short,) = (here / "runs").iterdir(), (there / "runs").iterdir()
-    assert run.name == short.name
-    whole, first = losses(run), losses(short)
-    assert [first[k] for k in range(1, 6)] == [whole[k] for k in range(1, 6)]
-    start, end = (math.fsum(whole[k][0] for k in steps) / 5 for steps in (range(1, 6), range(36, 41)))
+    assert "held-out bits per byte" in done.stdout and "to go on: python -m experiments.pretrain debug" in done.stdout
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("pretrain-debug-")
+    curve = losses(run)
+    start, end = (math.fsum(curve[k][0] for k in steps) / 5 for steps in (range(1, 6), range(36, 41)))
     assert start > 5.0 and end < 0.75 * start, (start, end)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # this process has imported it
+def test_both_commands_train_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[TrainConfig, str]] = []
+    monkeypatch.setattr(cli, "run", lambda config, build: asked.append((config, inspect.getsource(build))) or 0)
+    monkeypatch.setattr(sys, "argv", ["experiments/pretrain.py", "debug", "--num_steps", "5"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("experiments.pretrain", run_name="__main__")
+    assert not stop.value.code
+    assert cli.main(["train", f"{FILE}:debug", "--num_steps", "5"]) == 0
+    assert asked[0] == asked[1] and asked[0][0].num_steps == 5 and "pretrain.experiment(" in asked[0][1]
 
 
 def test_the_paper_preset_is_palm_8b_in_shapes_and_schedule() -> None:
