@@ -107,6 +107,7 @@ class ModelConfig:
     """
 
     num_layers: int = 2
+    """L."""
     width: int = 64
     """D, the width of the residual stream."""
     num_heads: int = 4
@@ -124,14 +125,18 @@ class ModelConfig:
 
     # Norms
     norm: Literal["rms", "layer"] = "rms"
+    """rms: x / √(mean x² + eps), times w. layer: LayerNorm, which also subtracts the mean."""
     norm_placement: Literal["before", "after", "both", "after_residual"] = "before"
     """before: x + f(n(x)). after: x + n(f(x)) (OLMo 2). both: x + n(f(n(x))) (Gemma 3).
     after_residual: n(x + f(x)) (GPT-1)."""
     norm_eps: float = 1e-6
+    """Added to the mean square (or variance) under the root."""
     norm_plus_one: bool = False
     """Scale by 1 + w instead of w (Gemma)."""
     norm_bias: bool = False
+    """LayerNorm adds a bias."""
     final_norm: bool = True
+    """A norm after the last block (GPT-1 has none)."""
     qk_norm: Literal["none", "head", "full"] = "none"
     """Norm on queries and keys: over each head (Qwen 3), or over all heads at once (OLMo 2)."""
 
@@ -141,13 +146,19 @@ class ModelConfig:
     parallel_norms: Literal[1, 2] = 1
     """Parallel blocks share one norm (PaLM) or have one for each branch (GPT-NeoX)."""
     activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"] = "swiglu"
+    """swiglu and geglu multiply by a gate; tanh is the approximation of GELU."""
     qkv_bias: bool = False
+    """Biases on queries, keys and values."""
     attention_out_bias: bool = False
+    """A bias on the attention's output projection."""
     mlp_bias: bool = False
+    """Biases in the feed-forward layer."""
 
     # Positions and attention
     position: Literal["rope", "learned", "alibi", "none"] = "rope"
+    """rope: rotary. learned: a table of max_length rows. alibi: a penalty on distance (arXiv:2108.12409)."""
     rope: RopeConfig = RopeConfig()
+    """Rotary position embedding."""
     layer_pattern: tuple[LayerKind, ...] = (LayerKind(),)
     """Repeated over the layers: layer l is of kind l mod len(layer_pattern)."""
     mask: Literal["causal", "bidirectional", "prefix"] = "causal"
@@ -163,20 +174,26 @@ class ModelConfig:
 
     # Embeddings and output
     tied_embeddings: bool = True
+    """One matrix looks tokens up and makes logits."""
     embedding_scale: float = 1.0
     """Multiplies the looked-up embeddings (Gemma: width^0.5). Never touches the unembedding."""
     logit_scale: float = 1.0
     """Multiplies the logits (PaLM: width^-0.5)."""
     logit_soft_cap: float | None = None
+    """Logits become cap * tanh(logit / cap)."""
 
     # Regularisation and init
     embedding_dropout: float = 0.0
+    """Probability of dropping an entry of the embeddings."""
     attention_dropout: float = 0.0
+    """Probability of dropping an attention weight."""
     residual_dropout: float = 0.0
+    """Probability of dropping an entry of a branch's output."""
     init: Literal["normal", "fan_in"] = "normal"
     """normal: N(0, init_std), residual outputs divided by sqrt(2L) (GPT-2).
     fan_in: std n_in^-0.5, embeddings N(0, 1) (PaLM)."""
     init_std: float = 0.02
+    """Standard deviation for init normal."""
 
     @property
     def group_size(self) -> int:
@@ -256,6 +273,7 @@ class TokenizerConfig:
     """How text becomes tokens."""
 
     kind: Literal["sentencepiece", "huggingface", "bytes"] = "sentencepiece"
+    """bytes: 256 ids and three special ones; trains nothing."""
     path: str = ""
     """A SentencePiece .model or a tokenizer.json. Empty: a SentencePiece BPE is trained on the corpus and cached."""
     vocab_size: int = 4096
@@ -293,6 +311,7 @@ class DataConfig:
     held_out: tuple[SourceConfig, ...] = ()
     """Evaluation documents from elsewhere; overrides held_out_fraction."""
     shuffle: bool = True
+    """Whether documents and rows come in an order drawn from the seed."""
     shuffle_buffer: int = 1000
     """Documents held for shuffling by hf_stream, which cannot be permuted as a whole."""
     num_workers: int = 0
@@ -340,12 +359,16 @@ class OptimConfig:
     """The optimizer, its schedule, and which leaves it treats how."""
 
     name: Literal["adamw", "adafactor_palm", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    """adafactor_palm: unfactored, with momentum. adafactor: factored, as T5. muon: on kernels of the layers, AdamW elsewhere."""
     lr: float = 1e-3
     """Peak learning rate."""
     schedule: ScheduleConfig = ScheduleConfig()
     b1: float = 0.9
+    """Decay of the first moment (momentum)."""
     b2: float = 0.95
+    """Decay of the second moment."""
     eps: float = 1e-8
+    """Added to the second moment's root."""
     weight_decay: float = 0.1
     """Decoupled, times the learning rate. adafactor_palm uses lr^2 instead, as the paper does."""
     decay: tuple[tuple[str, bool], ...] = ((r".*(bias|scale)$", False), (r".*", True))
@@ -409,6 +432,7 @@ class LossConfig:
     z_loss: float = 0.0
     """Weight of (log Z)^2 (PaLM: 1e-4)."""
     label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over the vocabulary."""
     chunk: int = 128
     """Positions of T whose logits exist at one time. Memory per term: rows * chunk * V * 4 bytes."""
 
@@ -418,6 +442,7 @@ class SpikeConfig:
     """Rewind and skip batches around a loss spike, as PaLM did. Off by default."""
 
     enabled: bool = False
+    """Whether to rewind."""
     window: int = 100
     """Steps of recent losses that define what is usual."""
     threshold: float = 8.0
@@ -433,6 +458,7 @@ class TrainConfig:
     """One run, whole."""
 
     name: str = "run"
+    """First part of the run directory's name."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
@@ -440,7 +466,9 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     spike: SpikeConfig = SpikeConfig()
     num_steps: int = 100
+    """Length of the run: optimizer steps."""
     seed: int = 0
+    """Of the weights, the order of the data, and dropout."""
     precision: Literal["auto", "float32", "bfloat16", "bfloat16_matmul"] = "auto"
     """bfloat16: activations and matmuls. bfloat16_matmul: float32 activations, bf16 matmul operands.
     auto: bfloat16 on TPU and GPU; on CPU float32 or bfloat16_matmul, whichever is measured faster."""
@@ -458,9 +486,11 @@ class TrainConfig:
     save_every: int = 100
     """Steps between checkpoints; one is always made at the end."""
     keep_last: int = 2
+    """How many of the newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep each checkpoint whose step is a multiple of this; 0 keeps none."""
     log_every: int = 10
+    """Steps between progress lines."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     sample_every: int = 0

@@ -41,6 +41,11 @@ def start() -> None:
         missing = [name for name in names if name not in given]
         if missing:
             raise ConfigError(f"{' and '.join(given)} set and {' and '.join(missing)} not; set all three, or none for one process")
+        for name in names[1:]:
+            if not given[name].isdecimal():
+                raise ConfigError(f"{name} is '{given[name]}'; it must be a whole number")
+        if int(given[names[2]]) >= int(given[names[1]]):
+            raise ConfigError(f"{names[2]} is {given[names[2]]}; with {names[1]} {given[names[1]]} it is counted from 0 and below that")
         jax.distributed.initialize(
             given[names[0]], int(given[names[1]]), int(given[names[2]]), initialization_timeout=60, heartbeat_timeout_seconds=30
         )

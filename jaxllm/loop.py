@@ -79,16 +79,18 @@ def run(experiment: Experiment, precision: str, say: Say = print, more_environme
     with ExitStack() as stack:
         stack.enter_context(hosts.fail_together())
         signals = stack.enter_context(hosts.Signals())
-        run_dir = stack.enter_context(rundir.claim(config, precision))
+        run_dir = stack.enter_context(rundir.claim(config))
         say(f"run directory: {run_dir}")
         for note in notes:
             say(f"note: {note}")
         writer = stack.enter_context(metrics.Writer(run_dir, wandb_project=config.wandb_project, config=configs.to_dict(config)))
         stack.enter_context(jax.set_mesh(mesh))
         session = Session(experiment, mesh, run_dir, writer, signals, say)
-        session.describe(precision, more_environment or {})
         try:
-            session.resume()
+            found = session.find_start()  # the last thing that can refuse; from here on the directory is this config's
+            rundir.record(config, precision, run_dir)
+            session.describe(precision, more_environment or {})
+            session.start(*found)
             return session.train()
         finally:
             session.checkpoints.wait()  # a save in flight is worth finishing, whatever else went wrong
@@ -187,13 +189,24 @@ class Session:
             for steps, size in phases
         ]
 
-    def resume(self) -> None:
-        """Take up the newest good checkpoint, or start from the seed or the given weights."""
+    def find_start(self) -> tuple[Any, Any]:
+        """(the newest good checkpoint or None, the given weights where they are needed). Compiles nothing.
+
+        Raises:
+          ConfigError: a checkpoint of another architecture, or of another corpus.
+        """
         restored = self.checkpoints.restore(self.template, say=self.say)
+        if restored is not None and restored.meta["corpus"] != self.dataset.fingerprint:
+            raise ConfigError(
+                f"the corpus is not the one this run was trained on (was {restored.meta['corpus']}, is {self.dataset.fingerprint}); "
+                "restore the data, or choose another --run_dir"
+            )
         first = self.experiment.initial_params
-        params = None
-        if first is not None and (restored is None or self.config.optim.freeze):  # checkpoints hold no frozen leaves
-            params = first(self.mesh)
+        needed = restored is None or self.config.optim.freeze  # checkpoints hold no frozen leaves
+        return restored, None if first is None or not needed else first(self.mesh)
+
+    def start(self, restored: Any, params: Any) -> None:
+        """Take up the checkpoint, or start from the given weights or the seed."""
         self.frozen = frozen_base(self.experiment, self.mesh, params)
         if self.experiment.load_frozen is not None:
             self.frozen |= self.experiment.load_frozen(self.mesh)
@@ -207,11 +220,6 @@ class Session:
 
     def _take(self, restored: Any) -> None:
         meta = restored.meta
-        if meta["corpus"] != self.dataset.fingerprint:
-            raise ConfigError(
-                f"the corpus is not the one this run was trained on (was {meta['corpus']}, is {self.dataset.fingerprint}); "
-                "restore the data, or choose another --run_dir"
-            )
         self.state, self.done_steps = restored.state, restored.step
         self.position = Position.from_json(meta["position"])
         self.tokens_seen, self.train_seconds = meta["tokens_seen"], meta["train_seconds"]

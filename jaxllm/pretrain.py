@@ -61,6 +61,8 @@ def choose_precision(config: TrainConfig) -> tuple[Precision, str]:
         return before, "chosen when this run began"
     if jax.default_backend() != "cpu":
         return "bfloat16", "bf16 matrix units"
+    if jax.process_count() > 1:
+        return "float32", "several CPU processes, which must choose alike without timing"
     plain, half = metrics.measured_peak("float32", 1024, 0.1), metrics.measured_peak("bfloat16", 1024, 0.1)
     ratio = f"a bf16 matmul runs at {half / plain:.1f} × the speed of a float32 one here"
     return ("bfloat16_matmul", ratio) if half > 1.2 * plain else ("float32", ratio)
@@ -108,7 +110,7 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
     if not Path(config.init_from).exists():
         raise ConfigError(f"init_from names {config.init_from}, and there is no such run directory or checkpoint")
     multiple = mesh.shape["model"]
-    shapes = jax.eval_shape(lambda key: sharding.pad_vocab(lm.init(key), multiple), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: sharding.pad_vocab(lm.init(jax.random.key(0)), multiple))
     where = sharding.shardings(sharding.param_specs(shapes, mesh, config.mesh.rules), mesh)
     template = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     _, meta = checkpoint.read_meta(config.init_from)

@@ -31,7 +31,7 @@ import numpy as np
 from jaxllm import __version__
 from jaxllm.config import ConfigError
 from jaxllm.metrics import RESERVED, duration, read_lines, write_atomic
-from jaxllm.report_figures import COLOURS, HELD, TRAIN, Series, _running_mean, _thin, escape, human, loss_figure, panel_figure, percent  # noqa: F401
+from jaxllm.report_figures import COLOURS, HELD, TRAIN, Series, escape, human, loss_figure, panel_figure, percent
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,21 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object, or {} where there is no such file.
 
     Raises:
-      ConfigError: the file is not JSON.
+      ConfigError: the file is not JSON, or not an object.
     """
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); move it away, and the run starts it anew") from None
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    if not isinstance(value, dict):
+        raise _damaged(path, f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _damaged(path: Path, why: object) -> ConfigError:
+    return ConfigError(f"{path} is damaged ({why}); move it away, and the same command writes it anew")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -57,12 +64,23 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
-    """What `config.json` of this config's run says, or {} if the run has not begun."""
-    return read_json(locate(config) / "config.json")
+    """What `config.json` of this config's run says, or {} if the run has not begun.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
+    path = locate(config) / "config.json"
+    values = read_json(path)
+    try:
+        if values:
+            configs.from_dict(TrainConfig, values["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from None
+    return values
 
 
 @contextmanager
-def claim(config: TrainConfig, precision: str) -> Iterator[Path]:
+def claim(config: TrainConfig) -> Iterator[Path]:
     """Make the run directory, or enter it again; hold it against a second process while it is in use.
 
     Raises:
@@ -82,25 +100,29 @@ def claim(config: TrainConfig, precision: str) -> Iterator[Path]:
             except BlockingIOError:
                 raise ConfigError(f"another process is training in {folder}; stop it first, or choose another --run_dir") from None
         _check_same(config, folder)
-        if first:
-            write_json(
-                folder / "config.json",
-                {
-                    "name": config.name,
-                    "hash": configs.config_hash(config),
-                    "parent": config.init_from or None,
-                    "precision": precision,
-                    "config": configs.to_dict(config),
-                },
-            )
         yield folder
     finally:
         if lock is not None:
             lock.close()
 
 
+def record(config: TrainConfig, precision: str, folder: Path) -> None:
+    """Write config.json: from here on the directory is this config's run."""
+    if jax.process_index() == 0:
+        write_json(
+            folder / "config.json",
+            {
+                "name": config.name,
+                "hash": configs.config_hash(config),
+                "parent": config.init_from or None,
+                "precision": precision,
+                "config": configs.to_dict(config),
+            },
+        )
+
+
 def _check_same(config: TrainConfig, folder: Path) -> None:
-    old = read_json(folder / "config.json")
+    old = recorded(config)
     if not old or config.on_config_change == "accept":
         return
     before = configs.hashed_values(configs.from_dict(TrainConfig, old["config"]))

@@ -233,11 +233,9 @@ def state_factory(experiment: Experiment, mesh: Mesh) -> tuple[Callable[..., Tra
     def fresh_params(key: Array) -> Params:
         return sharding.pad_vocab(lm.init(key), multiple)
 
-    key = jax.random.key(config.seed)
-    shapes = jax.eval_shape(fresh_params, key)
-    tree.check_rules(config.optim.freeze, shapes, "optim.freeze")
+    shapes = jax.eval_shape(lambda: fresh_params(jax.random.key(config.seed)))  # a key made outside would be compiled
     keep = partial(optim.trainable, config.optim)
-    trainable_shapes, _ = tree.partition(shapes, keep)
+    trainable_shapes, _ = optim.split(config.optim, shapes)
     optimizer = optim.build(config.optim, trainable_shapes, num_steps=config.num_steps, num_vocab=config.model.vocab_size)
 
     def assemble(params: Params) -> TrainState:
@@ -258,7 +256,7 @@ def state_factory(experiment: Experiment, mesh: Mesh) -> tuple[Callable[..., Tra
     def make(params: Params | None = None) -> TrainState:
         if params is not None:
             return jax.jit(assemble, out_shardings=placed)(params)
-        return jax.jit(lambda key: assemble(fresh_params(key)), out_shardings=placed)(key)
+        return jax.jit(lambda key: assemble(fresh_params(key)), out_shardings=placed)(jax.random.key(config.seed))
 
     return make, template, optimizer
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm import report
+from jaxllm import report, report_figures
 from jaxllm.config import ConfigError, TrainConfig, to_dict
 from jaxllm.metrics import Writer
 
@@ -243,21 +243,21 @@ def test_an_older_report_is_replaced_in_one_step(tmp_path):
 
 
 def test_the_running_mean_keeps_lines_and_averages_noise():
-    assert report._running_mean(np.full(50, 3.0)) == pytest.approx(np.full(50, 3.0))
+    assert report_figures._running_mean(np.full(50, 3.0)) == pytest.approx(np.full(50, 3.0))
     line = np.arange(600.0)
-    smooth = report._running_mean(line)
+    smooth = report_figures._running_mean(line)
     assert smooth[:560] == pytest.approx(line[:560])  # no lag, from the first value on
     noise = np.random.default_rng(0).normal(size=6000)
-    assert np.std(report._running_mean(noise)[300:-300]) < 0.1
-    assert report._running_mean(np.array([5.0])) == pytest.approx([5.0])
+    assert np.std(report_figures._running_mean(noise)[300:-300]) < 0.1
+    assert report_figures._running_mean(np.array([5.0])) == pytest.approx([5.0])
     fall = 2 + 8 * np.arange(1.0, 5001) ** -0.5
-    assert report._running_mean(fall) == pytest.approx(fall, rel=0.02)
+    assert report_figures._running_mean(fall) == pytest.approx(fall, rel=0.02)
 
 
 def test_thinning_keeps_every_spike():
     x, y = np.arange(100_000.0), np.zeros(100_000)
     y[[7, 50_003, 99_999]] = 9.0, -9.0, np.nan
-    thin_x, thin_y = report._thin(x, y)
+    thin_x, thin_y = report_figures._thin(x, y)
     assert len(thin_x) <= 1200 and {7.0, 50_003.0} <= set(thin_x)
     assert (np.diff(thin_x) > 0).all() and thin_y.max() == 9 and thin_y.min() == -9
 

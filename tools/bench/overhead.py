@@ -51,10 +51,11 @@ def steady_state(steps: int = 20, rounds: int = 3) -> tuple[float, float]:
         experiment = pretrain.experiment(config, precision="float32")
         mesh = sharding.make_mesh(config.mesh)
         in_loop, bare = [], []
-        with rundir.claim(config, "float32") as run_dir, hosts.Signals() as signals, metrics.Writer(run_dir) as writer, jax.set_mesh(mesh):
+        with rundir.claim(config) as run_dir, hosts.Signals() as signals, metrics.Writer(run_dir) as writer, jax.set_mesh(mesh):
             session = loop.Session(experiment, mesh, run_dir, writer, signals, lambda line: None)
+            found = session.find_start()
             session.describe("float32", {})
-            session.resume()
+            session.start(*found)
             for round_ in range(rounds + 1):
                 session.config = replace(config, num_steps=session.done_steps + steps)
                 start = time.perf_counter()
