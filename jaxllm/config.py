@@ -392,6 +392,8 @@ class OptimConfig:
         _check_choices(self, "optim")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ConfigError(f"optim.lr is {self.lr}; it must be positive and finite")
+        if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
+            raise ConfigError(f"optim.ema_decay is {self.ema_decay}; it must be in [0, 1), or None for no average")
         if self.num_microbatches < 1:
             raise ConfigError(f"optim.num_microbatches is {self.num_microbatches}; it must be at least 1")
         if self.noise_scale and self.num_microbatches < 2:
@@ -452,6 +454,13 @@ class SpikeConfig:
     skip_batches: int = 200
     """How many batches are skipped: from the restart on where that covers the spike, else around the spike."""
 
+    def __post_init__(self) -> None:
+        for name in ("window", "rewind_steps", "skip_batches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"spike.{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.threshold > 0:
+            raise ConfigError(f"spike.threshold is {self.threshold}; it must be positive")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -508,16 +517,27 @@ class TrainConfig:
         _check_choices(self, "config")
         if self.num_steps < 1:
             raise ConfigError(f"num_steps is {self.num_steps}; it must be at least 1")
-        for name in ("save_every", "log_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for least, names in (
+            (1, ("save_every", "log_every", "keep_last", "unroll_layers")),
+            (0, ("keep_every", "eval_every", "sample_every", "eval_batches")),
+        ):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ConfigError(f"profile_steps is {self.profile_steps}; give the first and the last step, counted from 1")
+        if self.spike.enabled and self.save_every > max(self.spike.rewind_steps, 1) * 10:
+            raise ConfigError(
+                f"save_every is {self.save_every} and spike.rewind_steps is {self.spike.rewind_steps}: a rewind would go back much "
+                "further than asked; save more often"
+            )
 
 
 NOT_HASHED = (
     "mesh", "num_steps", "run_dir", "save_every", "keep_last", "keep_every", "log_every", "eval_every",
     "sample_every", "eval_batches", "profile_steps", "wandb_project", "on_config_change",
 )  # fmt: skip
-"""Fields of TrainConfig that a run may change without becoming another run."""
+"""Fields of TrainConfig that a run may change without becoming another run. num_steps stretches the learning-rate schedule."""
 
 
 NOT_HASHED_DATA = ("num_workers", "cache_dir")

@@ -13,14 +13,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxllm import config as configs
 from jaxllm import hosts, metrics, rundir, sharding, spike
@@ -93,6 +92,7 @@ def run(experiment: Experiment, precision: str, say: Say = print, more_environme
             session.start(*found)
             return session.train()
         finally:
+            session.stop_profile()
             session.checkpoints.wait()  # a save in flight is worth finishing, whatever else went wrong
 
 
@@ -132,7 +132,9 @@ class Session:
         self.watch = metrics.Stopwatch()
         self.lap_tokens = self.lap_steps = 0.0
         self.lap_data_seconds = 0.0
-        self.first_call_seconds: float | None = None
+        self.profiling = False
+        self.compiled_sizes: set[int] = set()
+        """Batch sizes that this process has compiled the step for."""
 
     # ------------------------------------------------------------------------------ start and resume
 
@@ -146,7 +148,8 @@ class Session:
             self.num_params, model.num_layers, model.num_heads * model.head_size, config.data.sequence_length
         )
         block = self.flops_per_token - 6 * model.vocab_size * model.width * (1 if model.tied_embeddings else 2)
-        recomputed = {"none": 0.0, "minimal": 0.0, "dots": 0.0, "full": block / 3}[config.remat]
+        scores = 4 * model.num_layers * model.num_heads * model.head_size * config.data.sequence_length
+        recomputed = {"none": 0.0, "minimal": 0.0, "dots": scores, "full": block / 3}[config.remat]
         self.executed_flops_per_token = self.flops_per_token + recomputed
         mesh_text = " × ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)
         plan = self._batch_plan()
@@ -213,6 +216,8 @@ class Session:
         if restored is None:
             self.state = self.make_state(params)
             self.writer.cut_back(0)
+            if jax.process_index() == 0:
+                metrics.cut_lines(self.run_dir / "samples.jsonl", 0)
             return
         self._take(restored)
         self.say(f"resuming from step {self.done_steps:,} in {self.run_dir}")
@@ -224,6 +229,7 @@ class Session:
         self.position = Position.from_json(meta["position"])
         self.tokens_seen, self.train_seconds = meta["tokens_seen"], meta["train_seconds"]
         self.recent_losses = deque(meta["recent_losses"], maxlen=self.config.spike.window)
+        self.lap_tokens = self.lap_steps = self.lap_data_seconds = 0.0
         self.writer.cut_back(self.done_steps)
         if jax.process_index() == 0:
             metrics.cut_lines(self.run_dir / "samples.jsonl", self.done_steps)
@@ -232,7 +238,7 @@ class Session:
 
     def train(self) -> Ending:
         """Steps until the last one, a signal, or an error; rewinds as often as the loss spikes."""
-        if self.done_steps >= self.config.num_steps and (self.run_dir / "results.json").exists():
+        if self.done_steps >= self.config.num_steps and rundir.read_json(self.run_dir / "results.json").get("steps") == self.done_steps:
             self.say(f"this run is finished: {self.done_steps:,} steps. To go on: {self.go_on()}")
             return Ending(self.run_dir, self.done_steps, 0)
         exit_code = 0
@@ -259,7 +265,9 @@ class Session:
             batch = to_global(item.batch, self.mesh, self.dataset.batch_size(item.batch_id))
             data_seconds = time.perf_counter() - start
             self._profile(self.done_steps + 1)
-            self.state, numbers = self.step_fn(self.state, self.frozen, batch)
+            size = self.dataset.batch_size(item.batch_id)
+            with self._compiling(size):
+                self.state, numbers = self.step_fn(self.state, self.frozen, batch)
             self.done_steps += 1
             self.position = item.next_position
             pending.append(InFlight(self.done_steps, item, numbers, self.vote(self.signals.code), data_seconds))
@@ -279,6 +287,18 @@ class Session:
                 with self.watch.excluded():
                     self._at_boundary()
         return 0, None
+
+    @contextmanager
+    def _compiling(self, size: int) -> Iterator[None]:
+        """The first call for a batch size compiles: say how long that took, and keep it out of tokens/s and the ETA."""
+        if size in self.compiled_sizes:
+            yield
+            return
+        self.compiled_sizes.add(size)
+        start = time.perf_counter()
+        with self.watch.excluded():
+            yield
+        self.say(f"compiled for batches of {size} rows in {time.perf_counter() - start:.1f} s")
 
     def _is_boundary(self, step: int) -> bool:
         """Whether something looks at the state after this step."""
@@ -333,9 +353,6 @@ class Session:
             "data_seconds": self.lap_data_seconds / self.lap_steps,
             "memory_bytes": memory_bytes(),
         }
-        if step == 1 and self.first_call_seconds is None:
-            self.first_call_seconds = seconds
-            self.say(f"first step after {seconds:.1f} s (compilation included)")
         eta = (self.config.num_steps - step) * rates["step_seconds"]
         self.lap_tokens = self.lap_steps = self.lap_data_seconds = 0.0
         self.writer.write(step, values | rates | {"tokens": self.tokens_seen})
@@ -346,12 +363,19 @@ class Session:
         if self.config.profile_steps is None:
             return
         first, last = self.config.profile_steps
-        if next_step == first:
+        if not self.profiling and first <= next_step <= last:
             jax.profiler.start_trace(str(self.run_dir / "profile"))
-        elif next_step == last + 1:
+            self.profiling = True
+        elif self.profiling and not first <= next_step <= last:
+            self.stop_profile()
+
+    def stop_profile(self) -> None:
+        """End a trace that is open; the window may reach beyond the run."""
+        if self.profiling:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
-            self.say(f"profile of steps {first}–{last}: {self.run_dir / 'profile'}")
+            self.profiling = False
+            self.say(f"profile: {self.run_dir / 'profile'}")
 
     # ----------------------------------------------------------------------- save, rewind, evaluate, end
 
@@ -398,6 +422,9 @@ class Session:
     def _evaluate(self) -> dict[str, Any]:
         if self.experiment.evaluate is None:
             return {}
+        if not self.dataset.held_out_windows:
+            self.say("note: there is no held-out text, so nothing is evaluated; raise data.held_out_fraction, or cut the text finer")
+            return {}
         params = student_params(self.state, self.frozen)
         numbers = self.experiment.evaluate(params, self.dataset, self.mesh, self.config.eval_batches)
         self.writer.write(self.done_steps, numbers, kind="eval")
@@ -426,18 +453,17 @@ class Session:
             "go_on": self.go_on(),
             **evaluation,
         }
-        if self.experiment.finish is not None:
+        if self.experiment.finish is not None and evaluation:
             results |= self.experiment.finish(self.dataset, evaluation)
         if jax.process_index() == 0:
             rundir.write_json(self.run_dir / "results.json", results)
 
     def go_on(self) -> str:
         """The command that trains this run for as many steps again."""
-        words = rundir.command().split(" --num_steps ")[0]
-        return f"{words} --num_steps {2 * self.config.num_steps}"
+        return rundir.command(2 * max(self.done_steps, self.config.num_steps))
 
 
 def memory_bytes() -> float:
     """Peak memory of the first local device, or of this process where the device does not say."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return float(stats.get("peak_bytes_in_use") or np.int64(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024)
+    return float(stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -87,7 +87,7 @@ def cut_lines(path: Path, step: int) -> Path | None:
     cut: list[bytes] = []
     for line in whole:
         record = _parse(line)
-        (kept if record is not None and record.get("step", 0) <= step else cut).append(line + b"\n")
+        (kept if record is not None and _is_up_to(record.get("step", 0), step) else cut).append(line + b"\n")
     beside = None
     if cut:
         beside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.stem}.cut-{n}.jsonl")).exists())
@@ -95,6 +95,10 @@ def cut_lines(path: Path, step: int) -> Path | None:
     if cut or torn:
         write_atomic(path, b"".join(kept))
     return beside
+
+
+def _is_up_to(value: Any, step: int) -> bool:
+    return isinstance(value, int | float) and value <= step
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ PROMPTS = (
 """Samples continue these where the experiment has none of its own."""
 
 
-def loss(config: TrainConfig) -> LossTransform:
+def next_token_loss(config: TrainConfig) -> LossTransform:
     """next-token cross-entropy + z_loss · (log Z)², one pass over the vocabulary; log Z itself is measured beside."""
     values = config.loss
     terms: dict[str, Any] = {"ce": (1.0, next_token(values.label_smoothing))}
@@ -72,14 +72,14 @@ def experiment(
     config: TrainConfig,
     *,
     precision: Precision,
-    loss: LossTransform = None,  # type: ignore[assignment]
+    loss: LossTransform | None = None,
     prompts: Sequence[str] = PROMPTS,
 ) -> Experiment:
     """Pre-training, or fine-tuning with `config.init_from`.
 
     Args:
       precision: out of `choose_precision`.
-      loss: None means `loss(config)`.
+      loss: None means `next_token_loss(config)`.
       prompts: what samples continue.
     """
     lm = decoder(
@@ -92,7 +92,7 @@ def experiment(
     return Experiment(
         config=config,
         lm=lm,
-        loss=loss or globals()["loss"](config),
+        loss=loss or next_token_loss(config),
         load_data=batches.load,
         initial_params=partial(starting_params, config, lm) if config.init_from else None,
         evaluate=held_out(lm, config),

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -256,7 +255,7 @@ def _samples(run: Run) -> str:
 
 def _commands(run: Run) -> str:
     go_on = run.results.get("go_on")
-    generate = run.results.get("generate") or f"jaxllm generate {shlex.quote(str(run.path))} --prompt 'Once upon a time'"
+    generate = run.results.get("generate")
     rows = [("Train further", go_on), ("Generate", generate)]
     lines = [f"<p>{label}</p>\n<pre>{escape(command)}</pre>\n" for label, command in rows if command]
     return "".join(lines) + (

@@ -157,14 +157,22 @@ def environment(config: TrainConfig, **more: Any) -> dict[str, Any]:
     }
 
 
-def command() -> str:
-    """The command line that started this process, as one would type it."""
-    program = Path(sys.argv[0])
+def command(num_steps: int | None = None) -> str:
+    """The command line that started this process, as one would type it; with another number of steps, if given."""
+    program, words = Path(sys.argv[0]), list(sys.argv[1:])
+    if num_steps is not None:
+        kept: list[str] = []
+        for i, word in enumerate(words):
+            name = word.split("=")[0].replace("-", "_")
+            after = i > 0 and words[i - 1].replace("-", "_") == "__num_steps"
+            if name != "__num_steps" and not after:
+                kept.append(word)
+        words = [*kept, "--num_steps", str(num_steps)]
     if program.parent.name == "experiments":
         start = f"python -m experiments.{program.stem}"
     else:
         start = "jaxllm" if program.stem in ("cli", "__main__") else program.name
-    return " ".join([start, *(shlex.quote(word) for word in sys.argv[1:])])
+    return " ".join([start, *(shlex.quote(word) for word in words)])
 
 
 def git_commit() -> str:

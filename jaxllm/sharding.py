@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import tree
-from jaxllm.config import ConfigError, DataConfig, MeshConfig, ModelConfig, OptimConfig
+from jaxllm.config import ConfigError, DataConfig, MeshConfig, ModelConfig, OptimConfig, nearest_divisors
 
 AXES = ("slice", "data", "model")
 BATCH_AXES = ("slice", "data")
@@ -224,15 +224,19 @@ def check_fit(model: ModelConfig, data: DataConfig, optim: OptimConfig, mesh: Me
         micro-batches, or a row longer than the model's learned positions.
     """
     shards, micro = axis_size(mesh, BATCH_AXES), optim.num_microbatches
-    for size in (data.batch_size, *(size for _, size in data.batch_ramp)):
-        per_micro = data.batch_size // micro
-        if data.batch_size % (micro * shards) or size % per_micro:
-            unit = micro * shards if size == data.batch_size else per_micro
-            low = size // unit * unit
+    if data.batch_size % (micro * shards):
+        raise ConfigError(
+            f"a batch of {data.batch_size} rows does not divide into {micro} micro-batches over {shards} data shards "
+            f"(slice × data = {mesh.shape['slice']} × {mesh.shape['data']}); it must be a multiple of {micro * shards}: "
+            f"{nearest_divisors(data.batch_size, micro * shards)}"
+        )
+    per_micro = data.batch_size // micro
+    for steps, size in data.batch_ramp:
+        if steps < 1 or size < 1 or size % per_micro:
             raise ConfigError(
-                f"a batch of {size} rows does not divide into {micro} micro-batches over {shards} data shards "
-                f"(slice × data = {mesh.shape['slice']} × {mesh.shape['data']}); it must be a multiple of {unit}: "
-                f"{f'{low} or ' if low else ''}{low + unit}"
+                f"data.batch_ramp has {steps} steps of {size} rows; a ramp runs fewer micro-batches of the same {per_micro} rows "
+                f"(data.batch_size {data.batch_size} / optim.num_microbatches {micro}), so it must be a multiple of that: "
+                f"{nearest_divisors(size, per_micro)}, or raise optim.num_microbatches"
             )
     if model.position == "learned" and data.sequence_length > model.max_length:
         raise ConfigError(

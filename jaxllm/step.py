@@ -8,7 +8,7 @@ by its own rules, never donated, never closed over, not in checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A paper, as a value: what `loop.run`, `plan` and `eval` work on.
+    """A paper, as a value: what `loop.run` works on.
 
     Built by `jaxllm.pretrain.experiment` and changed with `dataclasses.replace`.
     """
@@ -78,13 +78,11 @@ class Experiment:
     updates_per_batch: int = 1
     """The (rolled out) batch is split into this many optimizer updates."""
     evaluate: Callable[..., dict[str, Any]] | None = None
-    """(params, dataset, mesh, max batches) -> numbers."""
+    """(params, dataset, mesh, max batches) -> numbers, `loss` and `bits_per_byte` among them."""
     sample: Callable[..., list[dict[str, str]]] | None = None
-    """(params, dataset, step) -> [{'prompt', 'completion'}]."""
+    """(params, dataset, mesh) -> [{'prompt', 'completion'}]."""
     finish: Callable[..., dict[str, Any]] | None = None
-    """(params, dataset, mesh, run directory) -> what `results.json` holds at the end of the run."""
-    extra_metrics: Callable[[Obs], dict[str, Mean]] | None = None
-    notes: tuple[str, ...] = field(default=())
+    """(dataset, last evaluation) -> what `results.json` also holds at the end of the run."""
 
 
 def observe(lm: LM, taps: Sequence[str] = ()) -> Forward:
@@ -205,9 +203,17 @@ def _has_dropout(config: TrainConfig) -> bool:
 # ------------------------------------------------------------------------------------------- state
 
 
+def param_specs(experiment: Experiment, mesh: Mesh, part: Params) -> Params:
+    """PartitionSpecs of some of the student's leaves, by the rules for all of them: a user's rule may be for a frozen one."""
+    lm, config = experiment.lm, experiment.config
+    shapes = jax.eval_shape(lambda: sharding.pad_vocab(lm.init(jax.random.key(0)), mesh.shape["model"]))
+    specs = sharding.param_specs(shapes, mesh, config.mesh.rules)
+    return tree.partition(specs, set(tree.paths(part)).__contains__)[0]
+
+
 def state_shardings(experiment: Experiment, shapes: TrainState, mesh: Mesh) -> TrainState:
     """A NamedSharding for every leaf of a TrainState: params by rule, whatever copies them likewise, the rest replicated."""
-    specs = sharding.param_specs(shapes.trainable, mesh, experiment.config.mesh.rules)
+    specs = param_specs(experiment, mesh, shapes.trainable)
     place = lambda part: sharding.shardings(sharding.like_params(part, specs), mesh)
     whole: Any = NamedSharding(mesh, P())
     return TrainState(
@@ -275,7 +281,7 @@ def frozen_base(experiment: Experiment, mesh: Mesh, params: Params | None = None
     shapes = jax.eval_shape(fresh, jax.random.key(config.seed))
     if not shapes:
         return {}
-    specs = sharding.param_specs(shapes, mesh)
+    specs = param_specs(experiment, mesh, shapes)
     return {BASE: jax.jit(fresh, out_shardings=sharding.shardings(specs, mesh))(jax.random.key(config.seed))}
 
 

@@ -28,7 +28,7 @@ def first_step_seconds(cache: str, run_dir: str) -> float:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAXLLM_CACHE": cache}, cwd=ROOT)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("first step after"):
+        if line.startswith("step "):
             seconds = time.perf_counter() - start
             process.communicate()
             return seconds
