@@ -526,11 +526,6 @@ class TrainConfig:
                     raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ConfigError(f"profile_steps is {self.profile_steps}; give the first and the last step, counted from 1")
-        if self.spike.enabled and self.save_every > max(self.spike.rewind_steps, 1) * 10:
-            raise ConfigError(
-                f"save_every is {self.save_every} and spike.rewind_steps is {self.spike.rewind_steps}: a rewind would go back much "
-                "further than asked; save more often"
-            )
 
 
 NOT_HASHED = (

@@ -47,8 +47,12 @@ def values(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if name in BOUNDS and hint in (int, float):
         return BOUNDS[name]
-    if name == "cross_attention":  # refused in parallel blocks
+    if name in ("cross_attention", "noise_scale"):  # refused in parallel blocks, and without micro-batches
         return st.just(False)
+    if name == "ema_decay":
+        return st.none() | st.floats(0, 0.9)
+    if name == "profile_steps":
+        return st.none() | st.tuples(st.integers(1, 9), st.integers(9, 99))
     if dataclasses.is_dataclass(hint):
         fields = typing.get_type_hints(hint)
         return st.builds(hint, **{f.name: values(fields[f.name], f.name) for f in dataclasses.fields(hint)})
