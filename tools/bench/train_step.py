@@ -32,14 +32,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=256, help="positions of T whose logits exist at one time")
+    parser.add_argument("--unroll", type=int, default=1, help="layers in one iteration of the scan")
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
     if args.peer is None:
         print(json.dumps(ours(args)))
         return
     shape = ["--layers", str(args.layers), "--batch", str(args.batch), "--length", str(args.length), "--steps", str(args.steps)]
-    mine = [sys.executable, "-m", "tools.bench.train_step", "--precision", args.precision, "--remat", args.remat, *shape]
+    own = ["--precision", args.precision, "--remat", args.remat, "--chunk", str(args.chunk), "--unroll", str(args.unroll)]
+    mine = [sys.executable, "-m", "tools.bench.train_step", *own, *shape]
     peer = [args.peer, str(HERE / "hf_train_step.py"), "--dtype", args.peer_dtype, *shape]
     ratios: list[tuple[float, float]] = []
     for pair in range(args.pairs):
@@ -74,6 +76,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
         data=DataConfig(sequence_length=args.length, batch_size=args.batch),
         loss=LossConfig(chunk=args.chunk),
         remat=args.remat,
+        unroll_layers=args.unroll,
     )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     experiment = pretrain.experiment(config, precision=args.precision)
