@@ -25,7 +25,7 @@ test: $(VENV)/installed-test lint
 	JAX_PLATFORMS=cpu $(BIN)/pytest --doctest-modules jaxllm
 
 faults: $(VENV)/installed-test
-	$(BIN)/pytest -m fault tests
+	$(BIN)/pytest -m fault --ignore tests/parity tests
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -299,6 +299,7 @@ def _orbax() -> Any:
     import orbax.checkpoint
 
     logging.getLogger("absl").addFilter(_not_from_orbax)
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
     show = sys.unraisablehook
 
     def quiet(unraisable: Any) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,7 +93,8 @@ def run(experiment: Experiment, precision: str, say: Say = print, more_environme
             return session.train()
         finally:
             session.stop_profile()
-            session.checkpoints.wait()  # a save in flight is worth finishing, whatever else went wrong
+            with suppress(Exception):  # a save in flight is worth finishing; what went wrong has been said already
+                session.checkpoints.wait()
 
 
 class Session:
