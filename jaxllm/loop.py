@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from jaxllm import config as configs
-from jaxllm import hosts, metrics, rundir, sharding, spike
+from jaxllm import hosts, metrics, optim, rundir, sharding, spike, tree
 from jaxllm.checkpoint import Checkpointer
 from jaxllm.config import ConfigError
 from jaxllm.data.batch import Item, Position, to_global
@@ -142,7 +142,8 @@ class Session:
     def describe(self, precision: str, more: dict[str, Any]) -> None:
         """Write down, and say, what this run is: everything somebody needs to run it again."""
         config, mesh = self.config, self.mesh
-        self.num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(self.experiment.lm.init, jax.random.key(0))))
+        shapes = jax.eval_shape(lambda: self.experiment.lm.init(jax.random.key(0)))
+        self.num_params = tree.count(shapes)
         self.peak, source = self._peak(precision)
         model = config.model
         self.flops_per_token = metrics.model_flops_per_token(
@@ -157,6 +158,7 @@ class Session:
         for line in (
             f"{self.num_params:,} parameters on {mesh_text}; {plan[0]}",
             *plan[1:],
+            optim.describe(config.optim, shapes, num_steps=config.num_steps),
             f"peak {self.peak / 1e9:,.0f} GFLOP/s ({source}); {self.flops_per_token / 1e6:,.1f} MFLOP per token "
             f"= 6 × {self.num_params:,} + 12 × L {model.num_layers} × N·H {model.num_heads * model.head_size} "
             f"× T {config.data.sequence_length}, attention counted as T × T",

@@ -13,7 +13,6 @@ matches is an error. A dimension that its axis does not divide stays whole.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -258,13 +257,6 @@ def check_fit(model: ModelConfig, data: DataConfig, optim: OptimConfig, mesh: Me
     if model.width % mesh.shape["data"]:
         notes.append(f"width {model.width} does not divide over data = {mesh.shape['data']}: weights are replicated over data")
     return notes
-
-
-def warn(notes: Sequence[str]) -> None:
-    """Each note once, on the first process."""
-    if jax.process_index() == 0:
-        for note in notes:
-            warnings.warn(note, stacklevel=2)
 
 
 def host_rows(mesh: Mesh, num_rows: int) -> np.ndarray:

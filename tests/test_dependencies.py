@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "interop": BASE,
     "evals": BASE | {"models", "data"},
     "step": BASE | {"losses.core", "optim", "sharding"},
-    "loop": {"config", "contract", "step", "data", "checkpoint", "metrics", "rundir", "hosts", "spike", "sharding"},
+    "loop": {"config", "contract", "step", "data", "checkpoint", "metrics", "rundir", "hosts", "spike", "sharding", "optim", "tree"},
     "plan": BASE | {"step", "sharding"},
     "metrics": {"config"},
     "rundir": {"config", "metrics"},  # metrics only for its atomic write

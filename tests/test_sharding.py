@@ -279,5 +279,3 @@ def test_what_runs_less_sharded_is_said():
     assert note == "2 key/value heads are replicated over model = 4"
     assert len(check("2x4", ModelConfig(ff_width=255))) == 1
     assert len(check("2x4", ModelConfig(width=63))) == 1
-    with pytest.warns(UserWarning, match="once"):
-        sharding.warn(["once"])
