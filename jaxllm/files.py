@@ -28,19 +28,40 @@ STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is in an object store.
 
-    >>> is_remote("gs://bucket/run"), is_remote("runs/one")
-    (True, False)
+    >>> is_remote("gs://bucket/run"), is_remote("runs/one"), is_remote("cache://models/one")
+    (True, False, False)
     """
-    return "://" in os.fspath(path)
+    return "://" in (text := os.fspath(path)) and not text.startswith(CACHED)
+
+
+CACHED = "cache://"
+"""Paths that begin so lie in `cache_home()`: models, data sets and tokenizers that one command makes and others start from."""
+
+
+def cache_home() -> Path:
+    """The folder of what is fetched, built and compiled: $JAXLLM_CACHE, or ~/.cache/jaxllm."""
+    return Path(os.environ.get("JAXLLM_CACHE") or "~/.cache/jaxllm").expanduser()
+
+
+def how_to_get(text: str | os.PathLike[str]) -> str:
+    """'; …', how to bring what is missing at a `cache://` path; '' for any other."""
+    parts = os.fspath(text).removeprefix(CACHED).split("/")
+    if not os.fspath(text).startswith(CACHED) or len(parts) < 2:
+        return ""
+    if parts[1].startswith("base-"):
+        return f"; train it: python -m experiments.base {parts[1].removeprefix('base-')}"
+    return f"; fetch it: python -m tools.fetch {parts[1]}"
 
 
 def path_of(text: str | os.PathLike[str]) -> Path:
-    """A path, local or in an object store; the latter has the methods of a `Path`.
+    """A path, local, in the cache (`cache://models/base-small`) or in an object store; the latter has the methods of a `Path`.
 
     Raises:
       ConfigError: a store that we do not know, or whose package is not installed.
     """
     text = os.fspath(text)
+    if text.startswith(CACHED):
+        return cache_home() / text.removeprefix(CACHED)
     if not is_remote(text):
         return Path(text)
     file_system(text)

@@ -6,6 +6,7 @@ A paper's file calls `experiment(config, loss=..., ...)` and changes what it nee
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -16,11 +17,12 @@ from jax.sharding import Mesh
 
 from jaxllm import checkpoint, flops, optim, rundir, sharding, tree
 from jaxllm.config import ConfigError, Precision, TrainConfig, from_dict
-from jaxllm.contract import LM, Batch, Mean, Params
+from jaxllm.contract import LM, Batch, Mean, Params, dot_in
 from jaxllm.data import batch as batches
+from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.batch import Dataset, to_global
 from jaxllm.evals import perplexity
-from jaxllm.files import path_of
+from jaxllm.files import how_to_get, path_of
 from jaxllm.losses.core import LossTransform
 from jaxllm.losses.tokens import next_token, z_loss
 from jaxllm.losses.vocab import View, over_vocab
@@ -28,6 +30,7 @@ from jaxllm.models.attention_kernels import chosen
 from jaxllm.models.generate import complete, generator, sampler
 from jaxllm.models.transformer import PRECISIONS, decoder
 from jaxllm.step import Experiment, observe
+from jaxllm.surgery import adapters, prefix
 
 PROMPTS = (
     "def fibonacci(n):\n",
@@ -97,13 +100,7 @@ def experiment(
       loss: None means `next_token_loss(config)`.
       prompts: what samples continue.
     """
-    lm = decoder(
-        config.model,
-        precision=precision,
-        remat=config.remat,
-        unroll=config.unroll_layers,
-        shard_sequence=config.mesh.shard_sequence,
-    )
+    lm = language_model(config, precision)
     return Experiment(
         config=config,
         lm=lm,
@@ -116,26 +113,80 @@ def experiment(
     )
 
 
+def language_model(config: TrainConfig, precision: Precision) -> LM:
+    """The decoder of `config.model` with the surgery that the configuration names: 1-bit weights, low-rank deltas, a prefix.
+
+    Raises:
+      ConfigError: surgery that does not fit the model.
+    """
+    plain = dot = dot_in(PRECISIONS[precision][1])
+    if config.lora.rules:
+        dot = adapters.lora_dot(config.lora, dot, plain)
+    lm = decoder(
+        config.model,
+        precision=precision,
+        remat=config.remat,
+        unroll=config.unroll_layers,
+        shard_sequence=config.mesh.shard_sequence,
+        dot=dot,
+    )
+    if config.lora.rules:
+        lm = adapters.with_lora(lm, config.lora, plain)
+    return prefix.with_prefix(lm, config.prefix) if config.prefix.length else lm
+
+
+ADDED = rf"{adapters.LEAVES}|{prefix.LEAVES}"
+"""Leaves that start fresh where the weights come from a run without them."""
+
+
 def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
     """The weights of another run, placed on this mesh: its checkpoint's, and where it froze some, those it started from.
 
+    Adapters that the other run does not have start fresh, from this run's seed.
+
     Raises:
-      ConfigError: nothing there, or a checkpoint of another architecture (what differs).
+      ConfigError: nothing there; a checkpoint of another architecture (what differs), or of a run whose adapters this one does not
+        have; weights that are not those that this run, or the other one, began from.
     """
     if not path_of(config.init_from).exists():
-        raise ConfigError(f"init_from names {config.init_from}, and there is no such run directory or checkpoint")
+        raise ConfigError(f"init_from names {config.init_from}, and there is no such run directory or checkpoint{how_to_get(config.init_from)}")
+    rundir.check_parent(rundir.recorded(config), config.init_from)
     multiple = mesh.shape["model"]
     shapes = jax.eval_shape(lambda: sharding.pad_vocab(lm.init(jax.random.key(0)), multiple))
     where = sharding.shardings(sharding.param_specs(shapes, mesh, config.mesh.rules), mesh)
     template = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     _, meta = checkpoint.read_meta(config.init_from)
     parent = from_dict(TrainConfig, meta["config"])
-    trained, frozen = tree.partition(template, partial(optim.trainable, parent.optim))
+    theirs = language_model(parent, "float32")
+    their_paths = set(tree.paths(jax.eval_shape(theirs.init, jax.random.key(0))))
+    if lost := [path for path in their_paths - set(tree.paths(shapes)) if re.fullmatch(ADDED, path)]:
+        raise ConfigError(
+            f"{config.init_from} was trained with adapters that this run does not have ({min(lost)}, …); fold them in first: "
+            f"python -m tools.convert merge {config.init_from} OUT"
+        )
+    inherited, fresh = tree.partition(template, lambda path: path in their_paths or not re.fullmatch(ADDED, path))
+    trained, frozen = tree.partition(inherited, partial(optim.trainable, parent.optim))
     params = checkpoint.load_params(config.init_from, trained).state
-    if not frozen:
-        return params
-    rest = starting_params(parent, lm, mesh) if parent.init_from else sharding.pad_vocab(lm.init(jax.random.key(parent.seed)), multiple)
-    return tree.merge(params, tree.partition(jax.device_put(rest, where), partial(optim.trainable, parent.optim))[1])
+    if frozen:
+        rundir.check_parent(rundir.read_json(rundir.root_of(path_of(config.init_from)) / "config.json"), parent.init_from)
+        rest = starting_params(parent, theirs, mesh) if parent.init_from else theirs.init(jax.random.key(parent.seed))
+        rest = tree.partition(sharding.pad_vocab(rest, multiple), partial(optim.trainable, parent.optim))[1]
+        params = tree.merge(params, jax.device_put(rest, tree.partition(where, set(tree.paths(rest)).__contains__)[0]))
+    if fresh:
+        own = jax.jit(lambda key: tree.partition(sharding.pad_vocab(lm.init(key), multiple), set(tree.paths(fresh)).__contains__)[0])
+        added = own(jax.random.key(config.seed)) | _from_words(config, tree.partition(params, their_paths.__contains__)[0], theirs)
+        params = tree.merge(params, jax.device_put(added, tree.partition(where, set(tree.paths(fresh)).__contains__)[0]))
+    return params
+
+
+def _from_words(config: TrainConfig, params: Params, lm: LM) -> Params:
+    """{'prefix': …} that starts from the activations of `prefix.init_text`, where there is one."""
+    if not (config.prefix.length and config.prefix.init_text):
+        return {}
+    tokenizer = tokenizers.from_config(config.data.tokenizer)
+    if tokenizer is None:
+        raise ConfigError("prefix.init_text needs the tokenizer of the weights: name it with --data.tokenizer.path")
+    return {"prefix": prefix.from_text(lm, params, config.prefix, tokenizer.encode(config.prefix.init_text))}
 
 
 def held_out(lm: LM, config: TrainConfig) -> Callable[..., dict[str, Any]]:

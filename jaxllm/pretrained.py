@@ -25,14 +25,27 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxllm import checkpoint, checkpoint_slices, optim, pretrain, rundir, sharding, tree
-from jaxllm.config import ConfigError, MeshConfig, ModelConfig, Precision, TrainConfig, config_hash, from_dict, to_dict
+from jaxllm.config import (
+    ConfigError,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    Precision,
+    PrefixConfig,
+    TrainConfig,
+    config_hash,
+    from_dict,
+    to_dict,
+)
 from jaxllm.contract import LM, Params
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.files import new_folder
+from jaxllm.files import cache_home, new_folder, path_of
 from jaxllm.interop.layout import VOCAB_PATHS, leaf_shapes
 from jaxllm.interop.stored import Lazy
+from jaxllm.models.decoding import for_cpu
 from jaxllm.models.transformer import decoder
+from jaxllm.surgery import adapters, prefix
 
 CHAT_TEMPLATE = "chat_template.jinja"
 CONVERSION = "conversion.json"
@@ -51,6 +64,15 @@ class Pretrained:
     chat_template: str | None
     stop_ids: tuple[int, ...]
     """Tokens that end a text or a turn."""
+    prefix_config: PrefixConfig
+    """Of the states in `params`, if any."""
+
+    def for_decoding(self, mesh: Mesh, precision: Precision) -> tuple[LM, Params]:
+        """The model as decoding is fastest: laid out for it on one CPU device."""
+        if jax.default_backend() != "cpu" or mesh.size > 1:
+            return self.lm, self.params
+        lm, params = for_cpu(self.config, self.params, precision)
+        return (prefix.with_prefix(lm, self.prefix_config) if self.prefix_config.length else lm), params
 
 
 class NoTokenizer:
@@ -88,25 +110,28 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, precision: Precision |
     Raises:
       ConfigError: nothing there, another library's folder (with the command that converts it), or a damaged one.
     """
-    folder = Path(folder).expanduser()
+    folder = path_of(folder).expanduser()
     train = _train_config(folder)
     mesh = sharding.make_mesh(ONE_DEVICE) if mesh is None else mesh
     if precision is None:
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    lm = decoder(train.model, precision=precision)
-    params = _load_params(folder, train, lm, mesh, precision)
+    params = _load_params(folder, train, mesh, precision)
+    kept = train.prefix
+    if kept.length:
+        params, kept = prefix.materialise(params, decoder(train.model, precision=precision), kept)
+    lm = pretrain.language_model(replace(train, lora=LoraConfig(), prefix=kept, remat="none"), precision)
     tokenizer, template, stop_ids = load_text(folder)
-    return Pretrained(train.model, lm, params, tokenizer, template, stop_ids)
+    return Pretrained(train.model, lm, params, tokenizer, template, stop_ids, kept)
 
 
 def model_config(folder: str | Path) -> ModelConfig:
     """The architecture of what `load` loads: what a configuration that trains on from there has as its `model`."""
-    return _train_config(Path(folder).expanduser()).model
+    return _train_config(path_of(folder).expanduser()).model
 
 
 def load_text(folder: Path) -> tuple[Tokenizer, str | None, tuple[int, ...]]:
     """(tokenizer, chat template, stop ids) of a run directory, a converted folder, or one checkpoint of either."""
-    root = run_root(folder)
+    root = rundir.root_of(folder)
     where = root / "tokenizer"
     there = where.is_dir() and any(path.name.startswith("tokenizer.") for path in where.iterdir())
     tokenizer: Tokenizer = tokenizers.load(where) if there else NoTokenizer(root)  # type: ignore[assignment]
@@ -117,15 +142,9 @@ def load_text(folder: Path) -> tuple[Tokenizer, str | None, tuple[int, ...]]:
     return tokenizer, template, tuple(stop_ids)
 
 
-def run_root(folder: Path) -> Path:
-    """The run directory that `folder` is, or is a part of (its checkpoints, one of them)."""
-    parents = [folder, *folder.absolute().parents[:2]]
-    return next((path for path in parents if (path / "config.json").exists() and (path / "checkpoints").is_dir()), folder)
-
-
 def models_folder() -> Path:
     """Where `tools.fetch` puts models: models/ in $JAXLLM_CACHE, or in ~/.cache/jaxllm."""
-    return Path(os.environ.get("JAXLLM_CACHE") or "~/.cache/jaxllm").expanduser() / "models"
+    return cache_home() / "models"
 
 
 def fetched(name: str) -> Path:
@@ -165,13 +184,16 @@ def _train_config(folder: Path) -> TrainConfig:
         raise ConfigError(f"the checkpoint in {folder} does not say which model it is ({type(error).__name__}: {error})") from None
 
 
-def _load_params(folder: Path, train: TrainConfig, lm: LM, mesh: Mesh, precision: Precision) -> Params:
+def _load_params(folder: Path, train: TrainConfig, mesh: Mesh, precision: Precision) -> Params:
+    """Low-rank deltas folded in."""
+    lm = pretrain.language_model(train, precision)
     shapes = jax.eval_shape(lambda: sharding.pad_vocab(lm.init(jax.random.key(0)), mesh.shape["model"]))
     dtypes = tree.map_with_path(lambda path, leaf: _dtype(path, leaf.dtype, precision), shapes)
     where = sharding.shardings(sharding.param_specs(shapes, mesh, train.mesh.rules), mesh)
-    if tree.partition(shapes, partial(optim.trainable, train.optim))[1]:  # frozen leaves are in the run that this one began from
+    if train.lora.rules or tree.partition(shapes, partial(optim.trainable, train.optim))[1]:  # frozen leaves are where the run began
         params = pretrain.starting_params(replace(train, init_from=str(folder)), lm, mesh)
-        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, dtypes)
+        params = adapters.merge(params, train.lora) if train.lora.rules else params
+        return tree.map_with_path(lambda path, leaf: leaf.astype(_dtype(path, leaf.dtype, precision)), params)
     template = jax.tree.map(lambda s, dtype, w: jax.ShapeDtypeStruct(s.shape, dtype, sharding=w), shapes, dtypes, where)
     return checkpoint.load_params(folder, template, ("ema", "trainable", "frozen")).state
 

@@ -30,6 +30,7 @@ from typing import Any
 import jax
 
 from jaxllm import config as configs
+from jaxllm import manifest
 from jaxllm.config import ConfigError, TrainConfig
 from jaxllm.files import is_remote, next_part, path_of, remove_tree, write_atomic
 
@@ -202,9 +203,33 @@ def record(config: TrainConfig, precision: str, folder: Path) -> None:
                 "name": config.name,
                 "hash": configs.config_hash(config),
                 "parent": config.init_from or None,
+                "parent_fingerprint": manifest.fingerprint(path_of(config.init_from)) if config.init_from else None,
                 "precision": precision,
                 "config": configs.to_dict(config),
             },
+        )
+
+
+def root_of(folder: Path) -> Path:
+    """The run directory that `folder` is, or is a part of (its checkpoints, one of them)."""
+    parents = [folder, *folder.absolute().parents[:2]]
+    return next((path for path in parents if (path / "config.json").exists() and (path / "checkpoints").is_dir()), folder)
+
+
+def check_parent(record: dict[str, Any], init_from: str) -> None:
+    """Refuse weights that are no longer those that the run of this `config.json` began from.
+
+    Raises:
+      ConfigError: says which run, and which weights they were.
+    """
+    was = record.get("parent_fingerprint")
+    if not was or record.get("parent") != init_from:
+        return
+    now = manifest.fingerprint(path_of(init_from))
+    if now != was:
+        raise ConfigError(
+            f"the run {record['name']} began from the weights {was} in {init_from}, and there are others now ({now}): its adapters and "
+            "trained parts do not fit them; bring the old weights back, or train again"
         )
 
 

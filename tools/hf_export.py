@@ -89,7 +89,7 @@ def find_origin(folder: Path) -> Origin:
     trained = False
     while folder not in seen:
         seen.add(folder)
-        root = pretrained.run_root(folder)
+        root = rundir.root_of(folder)
         record = rundir.read_json(root / "source" / pretrained.CONVERSION)
         if record:
             return Origin(str(record.get("family", "")), root / "source", trained)

@@ -10,6 +10,8 @@ Dimension letters are those of `jaxllm/models/transformer.py`.
 
 from __future__ import annotations
 
+from jaxllm.config.adapters import LoraConfig, PrefixConfig
+from jaxllm.config.bitnet import BitnetConfig
 from jaxllm.config.data import DataConfig, SourceConfig, TokenizerConfig
 from jaxllm.config.errors import ConfigError, check_choices, nearest, nearest_divisors
 from jaxllm.config.model import LayerKind, ModelConfig, RopeConfig
@@ -29,14 +31,17 @@ from jaxllm.config.values import config_hash, diff, from_dict, hashed_values, to
 __all__ = [
     "NOT_HASHED",
     "NOT_HASHED_DATA",
+    "BitnetConfig",
     "ConfigError",
     "DataConfig",
     "LayerKind",
+    "LoraConfig",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
     "Precision",
+    "PrefixConfig",
     "RopeConfig",
     "ScheduleConfig",
     "SourceConfig",

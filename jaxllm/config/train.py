@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxllm.config.adapters import LoraConfig, PrefixConfig
+from jaxllm.config.bitnet import BitnetConfig
 from jaxllm.config.data import DataConfig
 from jaxllm.config.errors import ConfigError, check_choices
 from jaxllm.config.model import ModelConfig
@@ -142,6 +144,9 @@ class TrainConfig:
     name: str = "run"
     """First part of the run directory's name."""
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    prefix: PrefixConfig = PrefixConfig()
+    bitnet: BitnetConfig = BitnetConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()

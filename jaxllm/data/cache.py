@@ -23,7 +23,7 @@ from pathlib import Path
 import xxhash
 
 from jaxllm.config import ConfigError, DataConfig
-from jaxllm.files import sync
+from jaxllm.files import cache_home, sync
 
 _BLOCK_BYTES = 1 << 22
 _HASHED_BLOCKS = 256
@@ -38,7 +38,7 @@ def root(config: DataConfig) -> Path:
     Raises:
       ConfigError: it cannot be written.
     """
-    path = Path(config.cache_dir or os.environ.get("JAXLLM_CACHE") or Path.home() / ".cache" / "jaxllm").expanduser()
+    path = Path(config.cache_dir).expanduser() if config.cache_dir else cache_home()
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{uuid.uuid4().hex}"

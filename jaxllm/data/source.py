@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxllm.config import ConfigError, SourceConfig, nearest
 from jaxllm.data import cache as caching
-from jaxllm.files import is_remote, local_copies
+from jaxllm.files import how_to_get, is_remote, local_copies, path_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def find_files(config: SourceConfig, cache: Path, say: Callable[[str], None] = l
     """
     if not config.path:
         raise ConfigError(f"a {config.kind} source has no path; give a file, a folder or a glob in SourceConfig.path")
-    path = Path(config.path).expanduser()
+    path = Path(config.path) if is_remote(config.path) else path_of(config.path).expanduser()
     if is_remote(config.path):
         found = local_copies(config.path, cache, say)
     elif path.is_dir():
@@ -105,7 +105,8 @@ def find_files(config: SourceConfig, cache: Path, say: Callable[[str], None] = l
         found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
     if not found:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"data path '{config.path}' has no files{nearest(path.name, siblings)} (looked in {path.parent.absolute()})")
+        hint = how_to_get(config.path) or nearest(path.name, siblings)
+        raise ConfigError(f"data path '{config.path}' has no files{hint} (looked in {path.parent.absolute()})")
     full = [p for p in found if p.stat().st_size]
     if not full:
         raise ConfigError(f"data file {found[0]} is empty{f', and so are {len(found) - 1} more' if len(found) > 1 else ''}; put text in it")

@@ -20,6 +20,7 @@ import sentencepiece
 import tokenizers
 
 from jaxllm.config import ConfigError, TokenizerConfig
+from jaxllm.files import how_to_get, path_of
 
 _SPACE = "\u2581"  # SentencePiece writes a space so, and would read this character back as a space
 _UNSAFE = re.compile("[\0\u2581\u2585]")  # SentencePiece's trainer drops any sentence that holds one of these
@@ -68,12 +69,13 @@ def load(path: str | Path) -> Tokenizer:
     Raises:
       ConfigError: nothing there, or not a tokenizer.
     """
-    path = Path(path).expanduser()
+    given, path = path, path_of(path).expanduser()
     names = ("tokenizer.model", "tokenizer.json", "tokenizer.bytes")
     file = next((path / name for name in names if (path / name).exists()), None) if path.is_dir() else path
     if file is None or not file.exists():
         raise ConfigError(
             f"no tokenizer at '{path}'; give a SentencePiece .model, a tokenizer.json, or a folder with {' or '.join(names[:2])}"
+            f"{how_to_get(given)}"
         )
     if file.suffix == ".bytes":
         return ByteTokenizer()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,9 +14,10 @@ from jaxllm.config import ConfigError, MeshConfig
 from jaxllm.contract import LM, Params
 from jaxllm.data import chat
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.evals.records import encodable
+from jaxllm.generate.limits import check_cache
 from jaxllm.models.beam import beam_search
-from jaxllm.models.decoding import for_cpu
-from jaxllm.models.generate import Generator, Memory, completions, generator, sampler
+from jaxllm.models.generate import Generator, Memory, check_lengths, completions, generator, sampler
 from jaxllm.models.text_stream import TextStream
 
 type OnText = Callable[[int, str], None]
@@ -75,15 +77,41 @@ class GenerateConfig:
         for name in ("num_tokens", "num_samples", "num_beams", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be finite")
         if self.max_length < 0:
             raise ConfigError(f"--max_length is {self.max_length}; it must be at least 1, or 0 for the model's own context")
-        if self.file and (self.chat or self.prompt):
-            raise ConfigError("--file brings its own prompts; leave out --prompt and --chat")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1:,}")
+        for name, texts in {"prompt": (self.prompt,), "system": (self.system,), "stop": self.stop}.items():
+            for text in texts:
+                encodable(text, f"--{name}")
+        if "" in self.stop:
+            raise ConfigError("--stop has an empty text, which would end every continuation at once; leave it out")
+        self._refuse_unused()
         if self.file and not self.out:
             raise ConfigError("--file needs --out RESULTS.jsonl, where the results go")
         if self.num_beams > 1 and self.num_samples > self.num_beams:
             raise ConfigError(f"--num_samples is {self.num_samples}, and a beam of {self.num_beams} holds no more than that many texts")
         sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+    def _refuse_unused(self) -> None:
+        """A flag that another one makes meaningless is a mistake: what was asked for would not happen."""
+        drawn = ("temperature", "top_k", "top_p", "min_p", "seed")
+        unused = {
+            "--file": (self.file, ("prompt", "chat", "system")),
+            "--chat": (self.chat, ("out", "batch_size", "logprobs", "num_samples")),
+            "--prompt": (self.prompt and not self.chat, ("out", "batch_size", "logprobs", "system")),
+            "--num_beams": (self.num_beams > 1, (*drawn, "logprobs")),
+            "--num_beams 1": (self.num_beams == 1, ("length_penalty",)),
+            "--temperature 0": (self.temperature == 0, (*drawn[1:], "num_samples")),
+        }
+        usual = {one.name: one.default for one in fields(self)}
+        for mode, (holds, names) in unused.items():
+            for name in names:
+                if holds and getattr(self, name) != usual[name]:
+                    raise ConfigError(f"{mode} does not use --{name}; leave out one of them")
 
 
 class Text(NamedTuple):
@@ -126,12 +154,32 @@ class Writer:
         Raises:
           ConfigError: a prompt that fills the context (says by how much).
         """
-        config, context = self.config, self.config.max_length or self.lm.config.max_length
-        room = [max(1, min(config.num_tokens, context - len(prompt))) for prompt in prompts]
+        room = self.check(prompts)
         with nullcontext() if self.mesh.size == 1 else jax.set_mesh(self.mesh):
-            if config.num_beams > 1:
-                return self._beams(prompts, room, context, on_text)
-            return self._samples(prompts, room, context, on_text, memory)
+            if self.config.num_beams > 1:
+                return self._beams(prompts, room, self.context, on_text)
+            return self._samples(prompts, room, self.context, on_text, memory)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt with its continuation."""
+        return self.config.max_length or self.lm.config.max_length
+
+    def check(self, prompts: Sequence[Sequence[int]], num_rows: int = 0) -> list[int]:
+        """How many tokens each prompt may be continued by; nothing is computed or allocated yet.
+
+        Args:
+          num_rows: prompts that are continued at one time; 0 means all.
+
+        Raises:
+          ConfigError: a prompt that is empty or fills the context (says by how much), or a cache that memory does not hold.
+        """
+        room = [max(1, min(self.config.num_tokens, self.context - len(prompt))) for prompt in prompts]
+        num_slots = check_lengths(self.lm, list(map(len, prompts)), room, self.context)
+        beams = self.config.num_beams > 1
+        copies = self.config.num_beams if beams else self.config.num_samples
+        check_cache(self.lm, (num_rows or len(prompts)) * copies, num_slots, self.mesh, beams=beams)
+        return room
 
     def _samples(
         self, prompts: Sequence[Sequence[int]], room: Sequence[int], context: int, on_text: OnText, memory: Memory | None
@@ -187,9 +235,12 @@ class Writer:
 
 def prepare(model: Any, config: GenerateConfig, mesh: Any, precision: Any) -> Writer:
     """A `pretrained.Pretrained` as this command uses it; on one CPU device laid out for it."""
-    lm, params = model.lm, model.params
-    if jax.default_backend() == "cpu" and mesh.size == 1:
-        lm, params = for_cpu(model.config, params, precision)
+    lm, params = model.for_decoding(mesh, precision)
+    own = model.config.max_length
+    if model.config.position == "learned" and config.max_length > own:
+        raise ConfigError(f"--max_length is {config.max_length}, and this model's learned positions end at {own}; lower it")
+    if beyond := [token for token in config.stop_ids if not 0 <= token < model.config.vocab_size]:
+        raise ConfigError(f"--stop_ids has {beyond[0]}, and this model's tokens are 0 to {model.config.vocab_size - 1}")
     how = sampler(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty)
     stop_ids = (*model.stop_ids, *config.stop_ids)
     return Writer(config, lm, params, model.tokenizer, model.chat_template, stop_ids, generator(lm, how), mesh)

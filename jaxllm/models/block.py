@@ -31,7 +31,7 @@ SEQUENCE = "B T@model ."
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sight", "rope", "prefix", "past", "slots", "positions", "memory", "memory_sight", "key"],
+    data_fields=["sight", "rope", "prefix", "past", "slots", "positions", "memory", "memory_sight", "prefix_sight", "key"],
     meta_fields=["first_call", "taps"],
 )
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Context:
     """Positions in the slots of `past`, before and after this call."""
     memory: Float[Array, "B M E"] | None = None
     memory_sight: Sight | None = None
+    prefix_sight: Sight | None = None
+    """None: everybody sees all of the prefix."""
     key: Array | None = None
     first_call: bool = True
     taps: tuple[str, ...] = ()
@@ -133,7 +135,7 @@ class Attention(nn.Module):
         assert part is not None
         if ctx.prefix is not None:
             pk, pv = (jnp.broadcast_to(a, (q.shape[0], *a.shape[1:])).astype(q.dtype) for a in ctx.prefix)
-            part = merge(part, self.attend(q, pk, pv, Sight(causal=False), ctx.key))
+            part = merge(part, self.attend(q, pk, pv, ctx.prefix_sight or Sight(causal=False), ctx.key))
         return part[0], kept
 
 

@@ -82,6 +82,7 @@ def decoder(
         prefix_mask: Bool[Array, "B T"] | None = None,
         bias: Float[Array, "#B #N T S"] | None = None,
         prefix: tuple[Array, Array] | None = None,
+        prefix_segments: tuple[Int[Array, "B T"] | None, Int[Array, "#B P"]] | None = None,
         memory: Float[Array, "B S D"] | None = None,
         memory_segment_ids: Int[Array, "B S"] | None = None,
         cache: Cache | None = None,
@@ -96,6 +97,7 @@ def decoder(
           prefix_mask: with mask='prefix', the positions that see each other both ways.
           bias: added to the attention scores of every layer; not together with a cache, whose keys are of another length.
           prefix: (keys, values), each [L #B P K H], always visible, without a position.
+          prefix_segments: (of the tokens, of the prefix): a token sees the states of its own segment (1 where the first is None).
           memory: what cross-attention reads.
           memory_segment_ids: a query reads the memory of its own segment (1 where it has no segment_ids); 0 is padding.
           cache: from `init_cache` or an earlier call; the rows' segment_ids mark padding only.
@@ -123,9 +125,16 @@ def decoder(
         if memory is not None:
             queries = jnp.ones(inputs.shape[:2], jnp.int32) if segment_ids is None else segment_ids
             memory_sight = Sight(causal=False, q_segments=None if memory_segment_ids is None else queries, k_segments=memory_segment_ids)
+        prefix_sight = None
+        if prefix_segments is not None:
+            text, states = prefix_segments
+            text = jnp.ones(inputs.shape[:2], jnp.int32) if text is None else text
+            states = jnp.broadcast_to(states, (len(text), states.shape[1]))
+            prefix_sight = Sight(causal=False, q_segments=text, k_segments=states)
         ctx = Context(
-            sight, memory=None if memory is None else memory.astype(activation), memory_sight=memory_sight, key=keys[1], taps=tuple(taps)
-        )
+            sight, memory=None if memory is None else memory.astype(activation), memory_sight=memory_sight, prefix_sight=prefix_sight,
+            key=keys[1], taps=tuple(taps),
+        )  # fmt: skip
         x, tapped, cache = stack(params["layers"], x, ctx, positions, prefix, cache)
         if config.final_norm:
             x = cast(Array, _final_norm(config).apply({"params": params["final_norm"]}, x))
@@ -146,7 +155,7 @@ def decoder(
         )
         return Cache(zeros, zeros, tuple(jnp.full((batch_size, s), -1, jnp.int32) for s in sizes))
 
-    return LM(config, init, apply, unembed, init_cache)
+    return LM(config, init, apply, unembed, init_cache, config.has_dropout)
 
 
 def _final_norm(config: ModelConfig) -> Norm:

