@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from jaxllm import checkpoint, flops, optim, rundir, sharding, tree
 from jaxllm.config import ConfigError, Precision, TrainConfig, from_dict
-from jaxllm.contract import LM, Batch, Mean, Params, dot_in
+from jaxllm.contract import LM, Batch, Dot, Mean, Obs, Params, Unembedding, dot_in
 from jaxllm.data import batch as batches
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.batch import Dataset, to_global
@@ -29,8 +31,8 @@ from jaxllm.losses.vocab import View, over_vocab
 from jaxllm.models.attention_kernels import chosen
 from jaxllm.models.generate import complete, generator, sampler
 from jaxllm.models.transformer import PRECISIONS, decoder
-from jaxllm.step import Experiment, observe
-from jaxllm.surgery import adapters, prefix
+from jaxllm.step import Experiment, Forward, observe
+from jaxllm.surgery import adapters, bitnet, bottleneck, prefix
 
 PROMPTS = (
     "def fibonacci(n):\n",
@@ -106,6 +108,7 @@ def experiment(
         lm=lm,
         loss=loss or next_token_loss(config),
         load_data=batches.load,
+        forward=warming_up(config, observe(lm)) if config.bitnet.warm_start_steps else None,
         initial_params=partial(starting_params, config, lm) if config.init_from else None,
         evaluate=held_out(lm, config),
         sample=partial(samples, lm, prompts),
@@ -114,14 +117,20 @@ def experiment(
 
 
 def language_model(config: TrainConfig, precision: Precision) -> LM:
-    """The decoder of `config.model` with the surgery that the configuration names: 1-bit weights, low-rank deltas, a prefix.
+    """The decoder of `config.model` with the surgery that `config` names: 1-bit weights, low-rank deltas, adapter layers, a prefix.
 
     Raises:
       ConfigError: surgery that does not fit the model.
     """
     plain = dot = dot_in(PRECISIONS[precision][1])
+    quantised = config.bitnet.kind != "none"
+    if quantised:
+        bitnet.check(config.model, config.bitnet)
+        dot = bitnet.dot(config.bitnet, dot)
     if config.lora.rules:
         dot = adapters.lora_dot(config.lora, dot, plain)
+    if config.bottleneck.size:
+        dot = bottleneck.bottleneck_dot(dot, plain)
     lm = decoder(
         config.model,
         precision=precision,
@@ -129,13 +138,32 @@ def language_model(config: TrainConfig, precision: Precision) -> LM:
         unroll=config.unroll_layers,
         shard_sequence=config.mesh.shard_sequence,
         dot=dot,
+        reparam=bitnet.reparam(config.bitnet) if quantised else None,
     )
+    lm = lm._replace(unembed=partial(_head, lm, plain))
     if config.lora.rules:
-        lm = adapters.with_lora(lm, config.lora, plain)
+        lm = adapters.with_lora(lm, config.lora)
+    if config.bottleneck.size:
+        lm = bottleneck.with_bottlenecks(lm, config.bottleneck)
     return prefix.with_prefix(lm, config.prefix) if config.prefix.length else lm
 
 
-ADDED = rf"{adapters.LEAVES}|{prefix.LEAVES}"
+def _head(lm: LM, plain: Dot, params: Params) -> Unembedding:
+    """The output head with the plain product, which the vocabulary pass knows, where surgery left it nothing of its own."""
+    head = lm.unembed(params)
+    return replace(head, dot=plain) if set(head.leaves) == {"kernel"} else head
+
+
+def warming_up(config: TrainConfig, forward: Callable[..., Obs]) -> Forward:
+    """`forward` with weights and inputs that are quantised by degrees, as `bitnet.warm_start_steps` has it."""
+
+    def forward_at(params: Params, batch: Batch, key: Array | None, step: Array) -> Obs:
+        return forward(bitnet.with_amount(params, bitnet.amount(config.bitnet, step)), batch, key, step)
+
+    return forward_at
+
+
+ADDED = rf"{adapters.LEAVES}|{bottleneck.LEAVES}|{prefix.LEAVES}"
 """Leaves that start fresh where the weights come from a run without them."""
 
 
@@ -149,7 +177,9 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
         have; weights that are not those that this run, or the other one, began from.
     """
     if not path_of(config.init_from).exists():
-        raise ConfigError(f"init_from names {config.init_from}, and there is no such run directory or checkpoint{how_to_get(config.init_from)}")
+        raise ConfigError(
+            f"init_from names {config.init_from}, and there is no such run directory or checkpoint{how_to_get(config.init_from)}"
+        )
     rundir.check_parent(rundir.recorded(config), config.init_from)
     multiple = mesh.shape["model"]
     shapes = jax.eval_shape(lambda: sharding.pad_vocab(lm.init(jax.random.key(0)), multiple))

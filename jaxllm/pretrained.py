@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,6 @@ from jaxllm.config import (
     MeshConfig,
     ModelConfig,
     Precision,
-    PrefixConfig,
     TrainConfig,
     config_hash,
     from_dict,
@@ -64,15 +62,15 @@ class Pretrained:
     chat_template: str | None
     stop_ids: tuple[int, ...]
     """Tokens that end a text or a turn."""
-    prefix_config: PrefixConfig
-    """Of the states in `params`, if any."""
+    train: TrainConfig
+    """What it was trained with; deltas are folded in, and a prefix is its states."""
 
     def for_decoding(self, mesh: Mesh, precision: Precision) -> tuple[LM, Params]:
         """The model as decoding is fastest: laid out for it on one CPU device."""
-        if jax.default_backend() != "cpu" or mesh.size > 1:
+        if jax.default_backend() != "cpu" or mesh.size > 1 or self.train.bitnet.kind != "none" or self.train.bottleneck.size:
             return self.lm, self.params
         lm, params = for_cpu(self.config, self.params, precision)
-        return (prefix.with_prefix(lm, self.prefix_config) if self.prefix_config.length else lm), params
+        return (prefix.with_prefix(lm, self.train.prefix) if self.train.prefix.length else lm), params
 
 
 class NoTokenizer:
@@ -119,9 +117,10 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, precision: Precision |
     kept = train.prefix
     if kept.length:
         params, kept = prefix.materialise(params, decoder(train.model, precision=precision), kept)
-    lm = pretrain.language_model(replace(train, lora=LoraConfig(), prefix=kept, remat="none"), precision)
+    train = replace(train, lora=LoraConfig(), prefix=kept, remat="none")
+    lm = pretrain.language_model(train, precision)
     tokenizer, template, stop_ids = load_text(folder)
-    return Pretrained(train.model, lm, params, tokenizer, template, stop_ids, kept)
+    return Pretrained(train.model, lm, params, tokenizer, template, stop_ids, train)
 
 
 def model_config(folder: str | Path) -> ModelConfig:

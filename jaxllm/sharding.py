@@ -53,6 +53,7 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"layers/(attention|cross_attention)/o/lora_[bm]|layers/mlp/down/lora_[bm]", ()),
     (r"unembed/lora_a", ()),
     (r"unembed/lora_b", ("model", None)),
+    (r".*/adapter_(down|up)", ()),
     (r"prefix/(keys|values)", (None, None, "model", None)),
     (r"prefix/.*", ()),
     (r".*/(scale|bias)", ()),

@@ -30,7 +30,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (3, 12)))
 
 
 def model_with(config: LoraConfig, model: ModelConfig = MODEL) -> LM:
-    return adapters.with_lora(decoder(model, dot=adapters.lora_dot(config, PLAIN, PLAIN)), config, PLAIN)
+    return adapters.with_lora(decoder(model, dot=adapters.lora_dot(config, PLAIN, PLAIN)), config)
 
 
 def shaken(params: Params, seed: int = 1, size: float = 0.1) -> Params:

@@ -43,6 +43,7 @@ BOUNDS |= {name: st.floats(0, 0.9) for name in ("embedding_dropout", "attention_
 
 SURGERY: dict[type, list[Any]] = {
     config.LoraConfig: [config.LoraConfig(), config.LoraConfig((("layers/.*", 4, 8.0), (".*", 0, 1.0)), "sqrt_rank", 0.5, "kaiming", True)],
+    config.BottleneckConfig: [config.BottleneckConfig(), config.BottleneckConfig(8, ("mlp/down",))],
     config.PrefixConfig: [config.PrefixConfig(), config.PrefixConfig(5, 16, "infix", 3, "words")],
     config.BitnetConfig: [config.BitnetConfig(), config.BitnetConfig("b158", num_groups=2)],
 }

@@ -10,7 +10,7 @@ Dimension letters are those of `jaxllm/models/transformer.py`.
 
 from __future__ import annotations
 
-from jaxllm.config.adapters import LoraConfig, PrefixConfig
+from jaxllm.config.adapters import BottleneckConfig, LoraConfig, PrefixConfig
 from jaxllm.config.bitnet import BitnetConfig
 from jaxllm.config.data import DataConfig, SourceConfig, TokenizerConfig
 from jaxllm.config.errors import ConfigError, check_choices, nearest, nearest_divisors
@@ -32,6 +32,7 @@ __all__ = [
     "NOT_HASHED",
     "NOT_HASHED_DATA",
     "BitnetConfig",
+    "BottleneckConfig",
     "ConfigError",
     "DataConfig",
     "LayerKind",

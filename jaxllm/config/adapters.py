@@ -34,6 +34,20 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class BottleneckConfig:
+    """Adapter layers, small MLPs behind projections: y + gelu(y·down)·up. Source: arXiv:1902.00751, section 2.1."""
+
+    size: int = 0
+    """Width R of the MLP; 0 means none."""
+    sites: tuple[str, ...] = ("attention/o", "mlp/down")
+    """Projections that one stands behind."""
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ConfigError(f"bottleneck.size is {self.size}; it must be at least 1, or 0 for no adapter layers")
+
+
+@dataclass(frozen=True)
 class PrefixConfig:
     """Trained key/value states that every layer sees before the text. Source: arXiv:2101.00190, section 4."""
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxllm.config.adapters import LoraConfig, PrefixConfig
+from jaxllm.config.adapters import BottleneckConfig, LoraConfig, PrefixConfig
 from jaxllm.config.bitnet import BitnetConfig
 from jaxllm.config.data import DataConfig
 from jaxllm.config.errors import ConfigError, check_choices
@@ -146,6 +146,7 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     prefix: PrefixConfig = PrefixConfig()
+    bottleneck: BottleneckConfig = BottleneckConfig()
     bitnet: BitnetConfig = BitnetConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()

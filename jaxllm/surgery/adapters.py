@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm import tree
 from jaxllm.config import ConfigError, LoraConfig
-from jaxllm.contract import LM, Dot, Params, Unembedding
+from jaxllm.contract import LM, Dot, Params
 
 LEAVES = r"(.*/)?lora_[abm]"
 """What LoRA adds to the params."""
@@ -69,11 +68,8 @@ def lora_dot(config: LoraConfig, inner: Dot, plain: Dot) -> Dot:
     return dot
 
 
-def with_lora(lm: LM, config: LoraConfig, plain: Dot) -> LM:
+def with_lora(lm: LM, config: LoraConfig) -> LM:
     """`lm`, which was built with `lora_dot`, with low-rank leaves in its params. B = 0, so that its outputs are those of `lm`.
-
-    Args:
-      plain: the head's product where it has no branch.
 
     Raises:
       ConfigError: a pattern that matches no kernel (with the nearest paths), or a rank above a kernel's.
@@ -96,11 +92,7 @@ def with_lora(lm: LM, config: LoraConfig, plain: Dot) -> LM:
             )
         return lm.apply(params, inputs, key=key if lm.has_dropout else None, **options)
 
-    def unembed(params: Params) -> Unembedding:
-        head = lm.unembed(params)
-        return head if "lora_a" in head.leaves else replace(head, dot=plain)
-
-    return lm._replace(init=init, apply=apply, unembed=unembed, has_dropout=lm.has_dropout or config.dropout > 0)
+    return lm._replace(init=init, apply=apply, has_dropout=lm.has_dropout or config.dropout > 0)
 
 
 def _branch(spec: str) -> tuple[str, str]:
