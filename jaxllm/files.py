@@ -49,7 +49,7 @@ def how_to_get(text: str | os.PathLike[str]) -> str:
     if not os.fspath(text).startswith(CACHED) or len(parts) < 2:
         return ""
     if parts[1].startswith("base-"):
-        return f"; train it: python -m experiments.base {parts[1].removeprefix('base-')}"
+        return "; train it: jaxllm train configs/base.py"
     return f"; fetch it: python -m tools.fetch {parts[1]}"
 
 

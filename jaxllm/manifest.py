@@ -51,7 +51,7 @@ def _inside(folder: epath.Path) -> list[epath.Path]:
 
 def candidates(folder: epath.PathLike) -> list[epath.Path]:
     """Complete checkpoints, newest first, of a run directory, a `checkpoints` folder, or one checkpoint."""
-    path = epath.Path(path_of(folder))
+    path = epath.Path(folder if is_remote(folder) else path_of(folder).expanduser().absolute())  # Orbax reads absolute paths only
     if is_complete(path):
         return [path]
     for root in (path / "checkpoints", path):

