@@ -15,18 +15,23 @@ def utilisation(flops: float, seconds: float, peak_flops: float) -> float:
     return flops / seconds / peak_flops
 
 
-def model_flops_per_token(model: ModelConfig, num_params: float, sequence_length: int, *, causal: bool = False) -> float:
-    """6 · num_params + 12 · N·H · Σ_layers keys per query: the work of one trained token, forward and backward, nothing twice.
+def model_flops_per_token(
+    model: ModelConfig, num_params: float, sequence_length: int, *, num_frozen: float = 0, causal: bool = False
+) -> float:
+    """6 · num_params − 2 · num_frozen + 12 · N·H · Σ_layers keys per query: the work of one trained token, nothing twice.
+
+    That is 2 forward, 2 for the activations' gradients, and 2 for the gradients of the parameters that train.
 
     Args:
       num_params: parameters that a token passes through, embedding tables too, as in the paper.
       sequence_length: T. 0 leaves attention out.
+      num_frozen: those of them without a gradient of their own, as the base under adapters.
       causal: count the keys that a query sees (half of T, less under a window) and not all T, which is PaLM's way.
 
     Source: arXiv:2204.02311, Appendix B.
     """
     keys = [visible_keys(sequence_length, model.kind(layer).window) if causal else sequence_length for layer in range(model.num_layers)]
-    return 6 * num_params + 12 * model.num_heads * model.head_size * sum(keys)
+    return 6 * num_params - 2 * num_frozen + 12 * model.num_heads * model.head_size * sum(keys)
 
 
 def visible_keys(sequence_length: int, window: int | None = None) -> float:

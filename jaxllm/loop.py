@@ -145,7 +145,8 @@ class Session:
         self.num_params = tree.count(shapes)
         self.peak, source = self._peak(precision)
         model = config.model
-        self.flops_per_token = flops.model_flops_per_token(model, self.num_params, config.data.sequence_length)
+        frozen, others = tree.count(optim.split(config.optim, shapes)[1]), self.experiment.teacher_flops_per_token
+        self.flops_per_token = others + flops.model_flops_per_token(model, self.num_params, config.data.sequence_length, num_frozen=frozen)
         block = self.flops_per_token - 6 * model.vocab_size * model.width * (1 if model.tied_embeddings else 2)
         scores = 4 * model.num_layers * model.num_heads * model.head_size * config.data.sequence_length
         recomputed = {"none": 0.0, "minimal": scores / 2, "dots": scores, "full": block / 3}[config.remat]
@@ -157,8 +158,9 @@ class Session:
             *plan[1:],
             optim.describe(config.optim, shapes, num_steps=config.num_steps),
             f"peak {self.peak / 1e9:,.0f} GFLOP/s ({source}); {self.flops_per_token / 1e6:,.1f} MFLOP per token "
-            f"= 6 × {self.num_params:,} + 12 × L {model.num_layers} × N·H {model.num_heads * model.head_size} "
-            f"× T {config.data.sequence_length}, attention counted as T × T",
+            f"= 6 × {self.num_params:,}{f' - 2 × {frozen:,} frozen' if frozen else ''} + 12 × L {model.num_layers} "
+            f"× N·H {model.num_heads * model.head_size} × T {config.data.sequence_length}, attention counted as T × T"
+            + (f", + {others / 1e6:,.1f} of other models" if others else ""),
         ):
             self.say(line)
         if jax.process_index() == 0:
@@ -186,7 +188,7 @@ class Session:
 
     def _batch_plan(self) -> list[str]:
         """One line for each phase of the batch ramp, with the arithmetic."""
-        data, micro = self.config.data, self.config.optim.num_microbatches
+        data, micro = self.config.data, self.config.optim.num_microbatches * self.experiment.updates_per_batch
         rows = data.batch_size // micro
         phases = [*data.batch_ramp, (None, data.batch_size)]
         return [

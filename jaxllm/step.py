@@ -79,6 +79,8 @@ class Experiment:
     updates_per_batch: int = 1
     """The (rolled out) batch is split into this many optimizer updates, each cut into `optim.num_microbatches`. Schedules
     still count batches: the learning rate moves on by a fraction of a step at each update."""
+    teacher_flops_per_token: float = 0.0
+    """Work of annotators and rollouts for a token of the batch, for MFU: 2 · params for each model that runs forward once."""
     evaluate: Callable[..., dict[str, Any]] | None = None
     """(params, dataset, mesh, max batches) -> numbers, `loss` and `bits_per_byte` among them."""
     sample: Callable[..., list[dict[str, str]]] | None = None
