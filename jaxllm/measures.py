@@ -13,9 +13,11 @@ import numpy as np
 from jaxllm import checkpoint, optim, pretrain, pretrained, sharding, tree
 from jaxllm.config import ConfigError, TrainConfig, from_dict
 from jaxllm.contract import Params
+from jaxllm.data import batch as batches
 from jaxllm.evals.overlap import ALL, overlap
 from jaxllm.files import how_to_get, path_of
 from jaxllm.generate.writer import GenerateConfig, prepare
+from jaxllm.metrics import read_lines
 from jaxllm.pretrained import ONE_DEVICE, Pretrained
 from jaxllm.surgery import adapters, subspace
 
@@ -95,3 +97,20 @@ def overlap_of_adapters(small: Path, large: Path, site: str = "layers/attention/
 def saved_bytes(run_dir: Path) -> Mapping[str, float]:
     """{'trained_mb'}: what must be kept of a run besides the weights that it began from, as float32."""
     return {"trained_mb": tree.num_bytes(trained_leaves(run_dir)[1]) / 1e6}
+
+
+def held_out(folder: str | Path, config: TrainConfig, *, max_batches: int = 0) -> dict[str, float]:
+    """Loss and bits per byte of the model in `folder` on the held-out rows of `config.data`: what its training would report.
+
+    Args:
+      folder: a run directory or a converted one.
+      max_batches: 0 means all.
+    """
+    model, mesh = pretrained.load(folder), sharding.make_mesh(ONE_DEVICE)
+    dataset = batches.load(config.data, seed=config.seed)
+    return pretrain.held_out(model.lm, config)(model.params, dataset, mesh, max_batches)
+
+
+def losses_by_step(run_dir: Path) -> dict[int, float]:
+    """Held-out loss of each evaluation of a run."""
+    return {line["step"]: line["loss"] for line in read_lines(run_dir / "metrics.jsonl") if line["kind"] == "eval"}
