@@ -34,6 +34,8 @@ class Row(NamedTuple):
 _TEXTS = ("--peer", "PEER", "--tokenizer", "TOKENIZER", "--requests", "REQUESTS")
 ROWS = (
     Row("train step of smollm2-135m against torch", ("train_step", "--pairs", "3", "--peer", "PEER")),
+    Row("LoRA on queries and values against PEFT", ("train_step", "--pairs", "3", "--lora", "qv", "--peer", "PEER")),
+    Row("LoRA on all linears against PEFT", ("train_step", "--pairs", "3", "--lora", "all", "--peer", "PEER")),
     Row("decoding at batch 1 against transformers", ("decode", "--batch", "1", "--peer", "PEER")),
     Row("decoding at batch 8 against transformers", ("decode", "--batch", "8", "--peer", "PEER")),
     Row("likelihoods against lm-eval's hf", ("likelihood", *_TEXTS)),

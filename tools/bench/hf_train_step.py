@@ -2,7 +2,7 @@
 
     .venv-parity/bin/python tools/bench/hf_train_step.py --dtype float32 --layers 30 --batch 2 --length 512
 
-smollm2-135m's shape, random weights, AdamW. Prints one JSON line: tokens/s (median), peak memory in bytes.
+smollm2-135m's shape, random weights, AdamW; with --lora PEFT's adapters of rank 8. Prints one JSON line: tokens/s (median), peak bytes.
 """
 
 import argparse
@@ -21,6 +21,7 @@ parser.add_argument("--layers", type=int, default=30)
 parser.add_argument("--batch", type=int, default=2)
 parser.add_argument("--length", type=int, default=512)
 parser.add_argument("--steps", type=int, default=4)
+parser.add_argument("--lora", choices=["none", "qv", "all"], default="none")
 args = parser.parse_args()
 
 torch.set_num_threads(os.cpu_count() or 1)
@@ -29,7 +30,12 @@ config = LlamaConfig(
     num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=2048,
 )  # fmt: skip
 model = LlamaForCausalLM(config).to(getattr(torch, args.dtype))
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+if args.lora != "none":
+    from peft import LoraConfig, get_peft_model
+
+    where = ["q_proj", "v_proj"] if args.lora == "qv" else "all-linear"
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=where, task_type="CAUSAL_LM"))
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 tokens = torch.randint(0, config.vocab_size, (args.batch, args.length))
 seconds = []
 for _ in range(args.steps):

@@ -1,9 +1,10 @@
 """Tokens/s and peak memory of the real train step of smollm2-135m on CPU, alternating with a peer.
 
     python -m tools.bench.train_step --peer .venv-parity/bin/python       # runs tools/bench/hf_train_step.py there, in turn
+    python -m tools.bench.train_step --peer … --lora qv                   # LoRA of rank 8: beside PEFT, and beside our own full step
     python -m tools.bench.train_step --precision bfloat16_matmul          # one process of ours, one JSON line
 
-Both are whole processes, run in turn; the ratio is taken pair by pair, because machines drift.
+All are whole processes, run in turn; the ratio is taken round by round, because machines drift.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
+LORA = {"qv": "layers/attention/[qv]/kernel", "all": "layers/.*/kernel"}
 
 
 def main() -> None:
@@ -35,6 +37,9 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=256, help="positions of T whose logits exist at one time")
     parser.add_argument("--unroll", type=int, default=1, help="layers in one iteration of the scan")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument(
+        "--lora", default="none", choices=["none", *LORA], help="adapters of rank 8 on queries and values, or on all linears"
+    )
     args = parser.parse_args()
     if args.peer is None:
         print(json.dumps(ours(args)))
@@ -43,18 +48,25 @@ def main() -> None:
     own = ["--precision", args.precision, "--remat", args.remat, "--chunk", str(args.chunk), "--unroll", str(args.unroll)]
     mine = [sys.executable, "-m", "tools.bench.train_step", *own, *shape]
     peer = [args.peer, str(HERE / "hf_train_step.py"), "--dtype", args.peer_dtype, *shape]
-    ratios: list[tuple[float, float]] = []
-    for pair in range(args.pairs):
-        a, b = (json.loads(subprocess.run(c, check=True, capture_output=True, text=True).stdout.splitlines()[-1]) for c in (mine, peer))
-        ratios.append((a["tokens_per_second"] / b["tokens_per_second"], a["peak_bytes"] / b["peak_bytes"]))
-        print(
-            f"pair {pair + 1}: ours {a['tokens_per_second']:.1f} tokens/s, {a['peak_bytes'] / 1e6:,.0f} MB; "
-            f"peer {b['tokens_per_second']:.1f} tokens/s, {b['peak_bytes'] / 1e6:,.0f} MB; "
-            f"ratio {ratios[-1][0]:.2f} in speed, {ratios[-1][1]:.2f} in memory",
-            flush=True,
+    sides = {"ours": [*mine, "--lora", args.lora], "the peer's": [*peer, "--lora", args.lora]}
+    if args.lora != "none":
+        sides["ours without LoRA"] = mine
+    rounds = []
+    for number in range(args.pairs):
+        said = {
+            name: json.loads(subprocess.run(c, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            for name, c in sides.items()
+        }
+        rounds.append(said)
+        each = (f"{name} {one['tokens_per_second']:.1f} tokens/s, {one['peak_bytes'] / 1e6:,.0f} MB" for name, one in said.items())
+        print(f"round {number + 1}: {'; '.join(each)}", flush=True)
+    last = []
+    for other in list(sides)[1:]:
+        speed, memory = (
+            statistics.median(said["ours"][what] / said[other][what] for said in rounds) for what in ("tokens_per_second", "peak_bytes")
         )
-    speed, memory = (statistics.median(column) for column in zip(*ratios, strict=True))
-    print(f"median of {args.pairs} pairs, {args.precision} against {args.peer_dtype}: {speed:.2f} × the speed, {memory:.2f} × the memory")
+        last.append(f"{speed:.2f} × the speed and {memory:.2f} × the memory of {other}")
+    print(f"median of {args.pairs} rounds, {args.precision}, the peer in {args.peer_dtype}: {'; '.join(last)}")
 
 
 def ours(args: argparse.Namespace) -> dict[str, float]:
@@ -67,9 +79,10 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
 
     from configs.models import smollm2_135m
     from jaxllm import pretrain, sharding
-    from jaxllm.config import DataConfig, LossConfig, TrainConfig
+    from jaxllm.config import DataConfig, LoraConfig, LossConfig, OptimConfig, TrainConfig
     from jaxllm.contract import Batch
-    from jaxllm.step import program
+    from jaxllm.step import frozen_base, program
+    from jaxllm.surgery.adapters import TRAIN_ONLY_LORA
 
     config = TrainConfig(
         model=replace(smollm2_135m, num_layers=args.layers),
@@ -78,6 +91,8 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
         remat=args.remat,
         unroll_layers=args.unroll,
     )
+    if args.lora != "none":
+        config = replace(config, lora=LoraConfig(((LORA[args.lora], 8, 16.0),)), optim=OptimConfig(freeze=TRAIN_ONLY_LORA))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     experiment = pretrain.experiment(config, precision=args.precision)
     with jax.set_mesh(mesh):
@@ -87,10 +102,10 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
         positions = np.tile(np.arange(args.length, dtype=np.int32), (args.batch, 1))
         rows = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
         batch = jax.device_put(rows, sharding.batch_sharding(mesh))
-        state, seconds = make(), []
+        state, frozen, seconds = make(), frozen_base(experiment, mesh), []
         for _ in range(args.steps):
             start = time.perf_counter()
-            state, metrics = step(state, {}, batch)
+            state, metrics = step(state, frozen, batch)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - start)
     return {
