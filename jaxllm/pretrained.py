@@ -113,11 +113,12 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, precision: Precision |
     mesh = sharding.make_mesh(ONE_DEVICE) if mesh is None else mesh
     if precision is None:
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    params = _load_params(folder, train, mesh, precision)
+    params = _load_params(folder, train, mesh, precision if train.bitnet.kind == "none" else "float32")  # rounded, latents are others
     kept = train.prefix
     if kept.length:
         params, kept = prefix.materialise(params, decoder(train.model, precision=precision), kept)
-    train = replace(train, lora=LoraConfig(), prefix=kept, remat="none")
+    one_bit = replace(train.bitnet, activation_scale="token", warm_start_steps=0)  # what others are in the batch changes nothing
+    train = replace(train, lora=LoraConfig(), prefix=kept, bitnet=one_bit, remat="none")
     lm = pretrain.language_model(train, precision)
     tokenizer, template, stop_ids = load_text(folder)
     return Pretrained(train.model, lm, params, tokenizer, template, stop_ids, train)

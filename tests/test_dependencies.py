@@ -65,6 +65,7 @@ ROOMS: dict[str, set[str]] = {
     "pretrained": EVERYTHING,
     "generate": EVERYTHING,
     "evaluate": EVERYTHING,
+    "measures": EVERYTHING,
     "study": {
         "config",
         "files",
@@ -96,11 +97,12 @@ OUTSIDE: dict[str, set[str]] = {
 
 NOT_IMPORTED = {
     "cli": {"__main__", "experiments/", "tools/"},
-    "pretrain": {"study", "cli", "pretrained", "experiments/", "tools/", "tests/"},
+    "pretrain": {"study", "cli", "pretrained", "measures", "experiments/", "tools/", "tests/"},
     "study": {"cli", "experiments/", "tools/", "tests/"},
-    "pretrained": {"generate", "evaluate", "cli", "experiments/", "tools/", "tests/"},
-    "generate": {"evaluate", "cli", "experiments/", "tools/", "tests/"},
+    "pretrained": {"generate", "evaluate", "measures", "cli", "experiments/", "tools/", "tests/"},
+    "generate": {"evaluate", "measures", "cli", "experiments/", "tools/", "tests/"},
     "evaluate": {"cli", "experiments/", "tools/", "tests/"},
+    "measures": {"experiments/", "tools/", "tests/"},
 }
 """Room -> who alone may import it, whatever else is allowed."""
 

@@ -24,7 +24,8 @@ class BitnetConfig:
     activation_bits: int = 8
     """Inputs become integers from -Q to Q, Q = 2^(bits-1) - 1."""
     activation_scale: Literal["token", "tensor"] = "token"
-    """Q is the largest |x| of each token, or of all tokens of the call. The paper trains b1 with tensor and infers with token."""
+    """Q is the largest |x| of each token, or of all tokens of the call: then a token's output depends on its micro-batch. The paper
+    trains b1 with tensor and infers with token."""
     shifted_sites: str = ""
     """Regex of the projections before a non-linearity ('mlp/up' with gelu, 'mlp/gate' with swiglu) whose inputs are shifted to
     [0, Q] by their minimum, as the paper has it for ReLU. Empty: none."""

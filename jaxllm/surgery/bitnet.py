@@ -129,11 +129,14 @@ def _straight_through(value: Array, through: Array) -> Array:
 def reparam(config: BitnetConfig) -> Reparam:
     """`reparam` of `decoder`: kernels become W + stop_gradient(λ·(β·W̃ - W)), with β beside them as `weight_scale` [J].
 
-    λ is the layer's leaf `quantise`, 1 where there is none; every projection gets it too, for `dot`.
+    λ is the layer's leaf `quantise`, 1 where there is none; every projection gets it too, for `dot`. Kernels of integers, which
+    `quantise` makes, are W̃ already and stay, so that the model that was trained runs its quantised params as they are.
     """
 
     def quantised(site: str, leaves: Params, amount: Array | None) -> Params:
         kernel = leaves["kernel"]
+        if jnp.issubdtype(kernel.dtype, jnp.integer):
+            return leaves
         codes, scale = quantise_weights(config, site, kernel)
         value = codes * over_kernel(config, site, scale, kernel.shape)
         given = {} if amount is None else {"quantise": amount}
@@ -149,10 +152,7 @@ def reparam(config: BitnetConfig) -> Reparam:
 
 def _mix(amount: Array | None, quantised: Array, latent: Array) -> Array:
     """λ·quantised + (1 - λ)·float: at 0 and at 1 exactly one of them."""
-    if amount is None:
-        return quantised
-    amount = jax.lax.stop_gradient(amount)
-    return amount * quantised + (1.0 - amount) * latent
+    return quantised if amount is None else amount * quantised + (1.0 - amount) * latent
 
 
 # ---------------------------------------------------------------------------------------- inputs
@@ -322,7 +322,7 @@ def change_layers(f: Callable[[str, Params], Params], params: Params) -> Params:
 def quantise(params: Params, config: BitnetConfig) -> Params:
     """Latent params as those of inference: kernels become W̃ in int8, with β beside them as `weight_scale` [L J].
 
-    They run as they are, `decoder(model, dot=dot(config, …))`; `bitnet_packed.pack` makes them small.
+    They run as they are in the model that was trained, without `reparam` too; `bitnet_packed.pack` makes them small.
 
     Raises:
       ConfigError: nothing to quantise (kind 'none' too), or quantised already.
