@@ -15,11 +15,13 @@ import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jaxllm.config import ConfigError, ModelConfig, TrainConfig, nearest
-from jaxllm.files import path_of
+from jaxllm.files import cache_home, path_of
 from jaxllm.flags import parse_flags
+from jaxllm.study import Study, command
+from jaxllm.study.values import Build
 
 USAGE = """usage: jaxllm COMMAND …
 
@@ -30,14 +32,12 @@ USAGE = """usage: jaxllm COMMAND …
   jaxllm report RUN_DIR                   write RUN_DIR/report.html again
   jaxllm init [DIR]                       copy the configurations and experiments into DIR, to start from
 
-TARGET is configs/FILE.py[:NAME] or experiments/FILE.py:PRESET; NAME defaults to `config`, PRESET to `small`.
+TARGET is configs/FILE.py[:NAME] or experiments/FILE.py:PRESET; NAME defaults to `config`, PRESET to `small`. A preset that is a
+study trains and measures all its arms: docs/experiments.md.
 `jaxllm train TARGET --help` lists every field with its type and value. Values are written as
 --optim.lr 1e-3, --spike.enabled True, --optim.clip_norm None, --optim.freeze 'embed/.*' True 'layers/.*' False,
 --data.batch_ramp 100 8 200 16, --mesh.rules 'embed/tokens' model,None, --data.sources.1.path more.txt.
 --traceback shows where an error came from."""
-
-type Build = Callable[..., Any]
-"""(config, precision=…) -> step.Experiment"""
 
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _MISTAKES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM}
@@ -66,22 +66,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(act, words)
 
 
-def experiment_main(presets: Mapping[str, TrainConfig], build: Build) -> NoReturn:
+def experiment_main(presets: Mapping[str, TrainConfig | Study], build: Build | None = None) -> NoReturn:
     """What a paper's file ends with: `python -m experiments.FILE PRESET [--FIELD VALUE …]`, like `jaxllm train FILE.py:PRESET`.
+
+    `python -m experiments.FILE page` writes what the results of its studies say.
 
     Args:
       presets: the file's PRESETS.
-      build: the file's (config, precision=…) -> Experiment.
+      build: the file's (config, precision=…) -> Experiment, for presets that are no studies; None means `pretrain.experiment`.
     """
-    program = f"python -m experiments.{Path(sys.argv[0]).stem}"
+    name = Path(sys.argv[0]).stem
+    program = f"python -m experiments.{name}"
+    studies = [value for value in presets.values() if isinstance(value, Study)]
 
     def act(words: list[str]) -> int:
         if not words or words[0] in ("-h", "--help"):
             print(f"usage: {program} PRESET [--FIELD VALUE …]\n\nPRESET is one of {', '.join(presets)}; after it, --help lists every field")
+            if studies:
+                print(f"\nFor {', '.join(value.name for value in studies)}:\n{command.USAGE}\n")
+                print(f"{program} page: write {command.FOLDER}/{name}.md, its plots, and its tables in README.md, from the results")
             return 0 if words else 2
+        if words[0] == "page" and studies:
+            from jaxllm.study import page
+
+            return page.write(name, presets)
+        known = [*presets, *(["page"] if studies else [])]
         if words[0] not in presets:
-            raise ConfigError(f"no preset '{words[0]}'{nearest(words[0], presets) or ';'} presets: {', '.join(presets)}")
-        return run(parse_flags(presets[words[0]], words[1:], f"{program} {words[0]}"), build)
+            raise ConfigError(f"no preset '{words[0]}'{nearest(words[0], known) or ';'} presets: {', '.join(presets)}")
+        value = presets[words[0]]
+        if isinstance(value, Study):
+            return command.run(value, words[1:], f"{program} {words[0]}")
+        return run(parse_flags(value, words[1:], f"{program} {words[0]}"), build)
 
     sys.exit(guarded(act, sys.argv[1:]))
 
@@ -136,8 +151,12 @@ def train(words: list[str]) -> int:
         return 0
     if not words or words[0].startswith("-"):
         raise ConfigError("jaxllm train needs a target first, e.g. jaxllm train configs/quickstart.py")
-    config, build = load_target(words[0])
-    return run(parse_flags(config, words[1:], f"jaxllm train {words[0]}"), build)
+    value, module = find_target(words[0])
+    program = f"jaxllm train {words[0]}"
+    if isinstance(value, Study):
+        return command.run(value, words[1:], program)
+    config = TrainConfig(name=words[0].partition(":")[2], model=value) if isinstance(value, ModelConfig) else value
+    return run(parse_flags(config, words[1:], program), getattr(module, "build", None))
 
 
 def run(config: TrainConfig, build: Build | None = None) -> int:
@@ -146,45 +165,53 @@ def run(config: TrainConfig, build: Build | None = None) -> int:
     Args:
       build: (config, precision=…) -> Experiment; None means `pretrain.experiment`.
     """
-    from jaxllm import hosts, loop, pretrain, sharding
+    from jaxllm import hosts
+    from jaxllm.study import single
 
     hosts.start()
-    # The loop asks this again; here it comes before the choice of a precision, which may compile a matmul to time it.
-    sharding.check_fit(config.model, config.data, config.optim, sharding.make_mesh(config.mesh))
-    precision, why = pretrain.choose_precision(config)
-    say = hosts.only_first(lambda line: print(line, flush=True))
-    say(f"precision: {precision} ({why})")
-    experiment = (build or pretrain.experiment)(config, precision=precision)
-    ending = loop.run(experiment, precision, say=say, more_environment={"precision_because": why})
+    ended = single.train(config, build, say=hosts.only_first(lambda line: print(line, flush=True)))
     import jax
 
     if jax.process_index() == 0:
-        _write_report(ending.run_dir)
-        if not ending.exit_code:
-            _print_results(ending.run_dir)
-    return ending.exit_code
+        _write_report(ended.run_dir)
+        if not ended.exit_code:
+            _print_results(ended.run_dir)
+    return ended.exit_code
 
 
 def plan(words: list[str]) -> int:
     """What a target would take on a machine that is not here."""
     from jaxllm import pretrain
-    from jaxllm.plan import command
+    from jaxllm.plan import command as planning
 
     if not words or words[0] in ("-h", "--help"):
-        print(command.USAGE)
+        print(planning.USAGE)
         return 0 if words else 2
     if words[0].startswith("-"):
         raise ConfigError("jaxllm plan needs a target first, e.g. jaxllm plan configs/models.py:llama2_7b --topology v5e:16x16")
-    own, others = command.split_words(words[1:])
+    own, others = planning.split_words(words[1:])
     program = f"jaxllm plan {words[0]}"
     if "--help" in others or "-h" in others:
-        print(f"{command.USAGE}\n")
+        print(f"{planning.USAGE}\n")
         parse_flags(TrainConfig(), ["--help"], program)
-    options = parse_flags(command.Options(), own, program)
-    config, build = load_target(words[0], lambda name, model: command.for_model(name, model, options.machine().num_chips))
-    path = words[0].partition(":")[0]
-    name = f"{path}:build" if build else "jaxllm.pretrain:experiment"
-    return command.run(options, parse_flags(config, others, program), build or pretrain.experiment, name, words[0])
+    options = parse_flags(planning.Options(), own, program)
+    config, build = load_target(words[0], lambda name, model: planning.for_model(name, model, options.machine().num_chips))
+    name = build_name(words[0], build) if build else "jaxllm.pretrain:experiment"
+    return planning.run(options, parse_flags(config, others, program), build or pretrain.experiment, name, words[0])
+
+
+def build_name(target: str, build: Build) -> str:
+    """`FILE.py:NAME` of a build, under which another process finds it.
+
+    Raises:
+      ConfigError: it has no name of its own in its file.
+    """
+    path = target.partition(":")[0]
+    module = sys.modules[build.__module__] if getattr(build, "__module__", None) in sys.modules else None
+    name = getattr(build, "__name__", "")
+    if module is None or getattr(module, name, None) is not build:
+        raise ConfigError(f"{target} builds its experiment with {build!r}; to be planned it must be a function of the file: def build(…)")
+    return f"{path}:{name}" if module.__file__ and Path(module.__file__).resolve() == Path(path).resolve() else f"{module.__name__}:{name}"
 
 
 def generate(words: list[str]) -> int:
@@ -249,7 +276,7 @@ def init(words: list[str]) -> int:
 
 def setup_jax() -> None:
     """Settings for JAX, best made before it is imported: a compilation cache that outlives the process, and no chatter."""
-    cache = Path(os.environ.get("JAXLLM_CACHE", "~/.cache/jaxllm")).expanduser()
+    cache = cache_home()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -284,27 +311,39 @@ def _print_results(run_dir: Path) -> None:
 # ------------------------------------------------------------------------------------------- targets
 
 
-def load_target(
-    target: str, wrap: Callable[[str, ModelConfig], TrainConfig] = lambda name, model: TrainConfig(name=name, model=model)
-) -> tuple[TrainConfig, Build | None]:
-    """The TrainConfig that `FILE.py[:NAME]` names, and the file's `build` where it has one.
-
-    Args:
-      wrap: makes a TrainConfig of a file's ModelConfig.
+def find_target(target: str) -> tuple[TrainConfig | ModelConfig | Study, types.ModuleType]:
+    """What `FILE.py[:NAME]` names, and the file as a module.
 
     Raises:
       ConfigError: no such file or name (with the nearest), a file that cannot be imported, or no config in it.
     """
     path, _, name = target.partition(":")
     module = load_file(Path(path))
-    found = {n: v for n, v in vars(module).items() if isinstance(v, (TrainConfig, ModelConfig)) and not n.startswith("_")}
+    found = {n: v for n, v in vars(module).items() if isinstance(v, (TrainConfig, ModelConfig, Study)) and not n.startswith("_")}
     values = getattr(module, "PRESETS", found)
     name = name or ("config" if "config" in values else "small")
     if name not in values:
         raise ConfigError(f"{path} has no configuration '{name}'{nearest(name, values) or ';'} it has: {', '.join(values) or 'none'}")
-    value = values[name]
-    config = wrap(name, value) if isinstance(value, ModelConfig) else value
-    return config, getattr(module, "build", None)
+    return values[name], module
+
+
+def load_target(
+    target: str, wrap: Callable[[str, ModelConfig], TrainConfig] = lambda name, model: TrainConfig(name=name, model=model)
+) -> tuple[TrainConfig, Build | None]:
+    """The TrainConfig that `FILE.py[:NAME]` names, and the file's `build` where it has one; of a study, its first arm that trains.
+
+    Args:
+      wrap: makes a TrainConfig of a file's ModelConfig.
+
+    Raises:
+      ConfigError: as `find_target`.
+    """
+    value, module = find_target(target)
+    if isinstance(value, Study):
+        return command.first_config(value)
+    if isinstance(value, ModelConfig):
+        value = wrap(target.partition(":")[2], value)
+    return value, getattr(module, "build", None)
 
 
 def load_file(path: Path) -> types.ModuleType:

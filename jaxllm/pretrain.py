@@ -188,7 +188,7 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
     _, meta = checkpoint.read_meta(config.init_from)
     parent = from_dict(TrainConfig, meta["config"])
     theirs = language_model(parent, "float32")
-    their_paths = set(tree.paths(jax.eval_shape(theirs.init, jax.random.key(0))))
+    their_paths = set(tree.paths(jax.eval_shape(lambda: theirs.init(jax.random.key(0)))))
     if lost := [path for path in their_paths - set(tree.paths(shapes)) if re.fullmatch(ADDED, path)]:
         raise ConfigError(
             f"{config.init_from} was trained with adapters that this run does not have ({min(lost)}, …); fold them in first: "

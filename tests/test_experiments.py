@@ -18,6 +18,7 @@ from jaxllm import cli, optim, sharding, tree
 from jaxllm.config import MeshConfig, TrainConfig, config_hash
 from jaxllm.data.ramp import Ramp
 from jaxllm.step import state_factory
+from jaxllm.study import Arm, Study
 from tests.runs import ROOT, corpus, losses
 
 FILE = str(ROOT / "experiments" / "pretrain.py")
@@ -124,3 +125,37 @@ def test_presets_are_listed_and_a_wrong_one_gets_the_nearest(monkeypatch: pytest
     status, said = command("debug", "--optim.lrr", "3")
     assert status == 2 and "`python -m experiments.pretrain debug --help` lists them all" in said
     assert command("debug", "--help")[0] == 0
+
+
+def test_a_file_of_studies_lists_them_and_writes_their_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = Study(name="mine-small", title="T", arms=(Arm("a", TrainConfig()),))
+
+    def command(*words: str) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["experiments/mine.py", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.experiment_main({"small": small, "paper": TrainConfig()})
+        out, err = capsys.readouterr()
+        return stop.value.code, out + err
+
+    status, said = command("--help")
+    assert status == 0 and "PRESET is one of small, paper" in said and "For mine-small:\n  --only REGEX" in said
+    assert "python -m experiments.mine page: write docs/results/mine.md" in said
+    assert command("page") == (2, "jaxllm: there are no results in docs/results for mine-small; run one first\n")
+    assert command("pag") == (2, "jaxllm: no preset 'pag'; did you mean 'page'? presets: small, paper\n")
+    status, said = command("small", "--list")
+    assert status == 0 and said.startswith("T\n0 of 3 runs done") and said.count("next") == 3
+    status, said = command("small", "--help")
+    assert status == 0 and "[--only REGEX]" in said and "--model.num_layers INT" in said
+
+
+def test_each_files_presets_load_and_no_two_studies_share_a_results_file() -> None:
+    names = [
+        value.name
+        for path in sorted((ROOT / "experiments").glob("*.py"))
+        for value in getattr(cli.load_file(path), "PRESETS", {}).values()
+        if isinstance(value, Study)
+    ]
+    assert len(set(names)) == len(names), names
