@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import typing
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -34,9 +35,15 @@ def nearest_divisors(number: int, divisor: int) -> str:
 
 def check_choices(config: Any, where: str) -> None:
     """Refuse a value that a field's Literal does not list: a config file is not type-checked."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    for name, choices in _choices(config.__class__).items():
         value = getattr(config, name)
-        if choices and value not in choices:
+        if value not in choices:
             near = nearest(str(value), map(str, choices))
             raise ConfigError(f"{where}.{name} is {value!r}; choose one of {', '.join(map(str, choices))}{near}")
+
+
+@functools.cache
+def _choices(cls: Any) -> dict[str, tuple[Any, ...]]:
+    """What each field with a Literal type may be; looked up once for a class, because hints are text until they are resolved."""
+    hints = typing.get_type_hints(cls).items()
+    return {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is Literal}

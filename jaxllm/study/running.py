@@ -184,6 +184,11 @@ def _numbers(context: Context, job: Job, folder: Path, clock: Clock, twin: Row |
     return row
 
 
+def plain(config: TrainConfig, *, precision: Precision) -> Any:
+    """`pretrain.experiment` without what no table shows: samples, and what simpler predictors make of the held-out text."""
+    return replace(pretrain.experiment(config, precision=precision), sample=None, finish=None)
+
+
 def _train(context: Context, job: Job, run: Run, clock: Clock) -> dict[str, Any]:
     assert run.config is not None
 
@@ -192,7 +197,7 @@ def _train(context: Context, job: Job, run: Run, clock: Clock) -> dict[str, Any]
         context.say(f"  {line}")
 
     precision = choose_precision(run.config, context.results.rows)
-    trained = context.train(run.config, job.arm.build, say=say, precision=precision)
+    trained = context.train(run.config, job.arm.build or plain, say=say, precision=precision)
     if trained.exit_code:
         clock.keep(0.0)
         raise Stopped(trained.exit_code)

@@ -48,7 +48,7 @@ class Arm:
     config: TrainConfig | None = None
     """None: a derived arm, which trains nothing and has only `measure`."""
     build: Build | None = None
-    """(config, precision=…) -> Experiment; None means `pretrain.experiment`."""
+    """(config, precision=…) -> Experiment; None means `pretrain.experiment`, without samples and baselines."""
     rates: tuple[float, ...] = ()
     """Learning rates to search; empty means `config.optim.lr`."""
     rate_of: str = ""
