@@ -33,7 +33,7 @@ from jaxllm.evals.display import Bar, plain, table
 from jaxllm.evals.likelihood import Score
 from jaxllm.evals.records import tolerate
 from jaxllm.flags import parse_flags
-from jaxllm.generate.limits import check_cache
+from jaxllm.generate.limits import check_cache, check_memory
 from jaxllm.generate.lock import hold
 from jaxllm.metrics import read_lines
 from jaxllm.models.generate import generator, sampler
@@ -137,6 +137,9 @@ def evaluate(checkpoint: str, config: EvalConfig, *, bar: TextIO | None = None) 
     named, external = _split(config.tasks), _split(config.harness)
     if not named and not external:
         raise ConfigError(f"nothing to evaluate; name a task with --tasks or --harness\n{USAGE}")
+    own = pretrained.model_config(checkpoint)
+    if own.position == "learned" and config.max_length > own.max_length:
+        raise ConfigError(f"--max_length is {config.max_length}, and this model's learned positions end at {own.max_length}; lower it")
     identity = manifest.fingerprint(checkpoint)
     out = Path(config.out).expanduser() if config.out else rundir.root_of(Path(checkpoint).expanduser()) / "evals" / f"{identity}.json"
     if out.suffix != ".json":
@@ -145,10 +148,6 @@ def evaluate(checkpoint: str, config: EvalConfig, *, bar: TextIO | None = None) 
     with hold(out), jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         _refuse_foreign(out)
         model = _load(checkpoint, config.precision, mesh)
-        if model.config.position == "learned" and config.max_length > model.config.max_length:
-            raise ConfigError(
-                f"--max_length is {config.max_length}, and this model's learned positions end at {model.config.max_length}; lower it"
-            )
         # All tasks are read before the first is run: what is wrong with the last one shows at once.
         ours = [(spec, tasks.load(spec, model.tokenizer, _max_length(model, config), config)) for spec in named]
         record: dict[str, Any] = {"checkpoint": str(checkpoint), "checkpoint_hash": identity, "tasks": {}}
@@ -208,6 +207,9 @@ def _answer(model: Pretrained, mesh: Mesh, config: EvalConfig, task: tasks.Task,
             row_multiple=sharding.axis_size(mesh, sharding.BATCH_AXES),
         )  # fmt: skip
         requests: Any = task.items
+        tokens = min(config.batch_tokens, sum(len(one.context) + len(one.continuation) for one in requests))
+        states = tokens * model.config.width * 2  # in bfloat16, and one of several such arrays: what cannot be less
+        check_memory(states, mesh, f"a batch of {tokens:,} tokens needs hidden states", "lower --batch_tokens")
         return likelihood.score(scorer, model.params, requests, done=answers.done, on_batch=note)
     finally:
         bar.close()

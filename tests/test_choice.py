@@ -171,23 +171,78 @@ def test_perplexity_of_a_text(tmp_path: Path):
     assert out["bits_per_byte"].value == pytest.approx(22 / math.log(2) / 11)
 
 
+GOOD = '{"question": "a", "choices": ["x"], "answer": 0}\n'
+OLMO = json.dumps(olmo(0, 0, "Q", " a", 0))
+
+
 @pytest.mark.parametrize(
     "content, spec, message",
     [
         ("", "choise:F", "no task 'choise:F'; did you mean 'choice'"),
         ("", "choice", "needs a file"),
         ("", "choice:missing.jsonl", "cannot read missing.jsonl"),
-        ("{}\nnot json\n", "choice:F", "line 2 is not a JSON object"),
-        ("", "choice:F", "has no records"),
-        ('{"question": "a", "choices": ["x"], "answer": 1}', "choice:F", "counted from 0"),
-        ('{"question": "a", "choices": ["x"]}', "choice:F", "index from 0"),
-        ('{"txt": "a"}', "lambada:F", "no field 'text'; did you mean 'txt'"),
-        ('{"request_type": "generate_until", "request": {}}', "choice:F", "requests of type 'generate_until'"),
+        (f"{GOOD}not json\n", "choice:F", "line 2: it is not JSON"),
+        (f"{GOOD}[1]\n", "choice:F", r"line 2: it is \[1\], not a JSON object"),
+        (f"{GOOD}{'[' * 100_000}\n", "choice:F", "line 2: it is not JSON .maximum recursion"),
+        (f"{GOOD}\n" + r'{"question": "\ud800", "choices": ["x"], "answer": 0}', "choice:F", "line 3: it has half a surrogate pair"),
+        ("", "choice:F", "f.jsonl is empty"),
+        (f'{GOOD}{{"question": "a", "choices": ["x"], "answer": 1}}', "choice:F", "line 2: .* counted from 0"),
+        (f'{GOOD}{{"question": "a", "choices": ["x"]}}', "choice:F", "line 2: it has no field 'answer'"),
+        (f'{GOOD}{{"question": "a", "choices": [1, 2], "answer": 0}}', "choice:F", "line 2: 'choices' has 1; each must be a text"),
+        (f'{GOOD}{{"question": "a", "choices": ["x", " "], "answer": 0}}', "choice:F", "line 2: 'choices' has \" \"; each must be"),
+        (f'{GOOD}{{"question": "a", "choices": "xy", "answer": 0}}', "choice:F", "line 2: 'choices' is \"xy\"; it must be a list"),
+        (f'{GOOD}{{"question": 5, "choices": ["x"], "answer": 0}}', "choice:F", "line 2: 'question' is 5; it must be a text"),
+        (f'{GOOD}{{"question": "a", "choices": ["x"], "answer": true}}', "choice:F", "line 2: 'answer' is true; it must be a whole number"),
+        ('{"txt": "a"}', "lambada:F", "line 1: it has no field 'text'; did you mean 'txt'"),
+        ('{"text": "a b"}\n{"text": "a"}', "lambada:F", "line 2: 'a' has no word before its last one"),
+        ("one two\n\nthree\n", "lambada:F", "line 3: 'three' has no word before its last one"),
+        ('{"text": "a b"}\n{"text": null}', "text:F", "line 2: 'text' is null; it must be a text"),
+        ('{"text": ""}\n', "text:F", "f.jsonl has no text to score"),
+        ('{"question": "a", "answer": 5}', "gsm8k:F", "line 1: 'answer' is 5; it must be a text"),
+        ('{"question": "a", "answer": "none"}', "gsm8k:F", "line 1: 'answer' is \"none\"; it must have a number in it"),
+        ('{"request_type": "generate_until", "request": {}}', "choice:F", "line 1: it is a request of type 'generate_until'"),
+        (OLMO.replace('"doc_id": 0, ', ""), "F", "line 1: it has no field 'doc_id'"),
+        (OLMO.replace('"doc_id": 0', '"doc_id": "0"'), "F", "line 1: 'doc_id' is \"0\"; it must be a whole number"),
+        (OLMO.replace('"idx": 0, ', ""), "F", "line 1: it has no field 'idx'"),
+        (OLMO.replace('" a"', "null"), "F", "line 1: 'continuation' is null; it must be a text"),
+        (OLMO.replace('"label": 0', '"label": 3'), "F", "doc_id 0: a question's right answer is 3"),
+        (OLMO.replace('"doc_id": 0', '"doc_id": 1000000'), "F", "after 'Answer:' alone"),
         ('{"prompt": ""}', "human_eval:F", "--run_code True"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, content: str, spec: str, message: str):
     path = tmp_path / "f.jsonl"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=message) as error:
         tasks.load(spec.replace("F", str(path)) if spec != "choise:F" else spec, ByteTokenizer(), 64)
+    assert "\n" not in str(error.value) and ("line" not in message or "f.jsonl, line" in str(error.value))
+
+
+@pytest.mark.parametrize("spec", ["text", "choice", "lambada", "gsm8k"])
+def test_a_damaged_file_is_named_with_the_line(tmp_path: Path, spec: str):
+    lines = "".join(json.dumps({"text": f"{i} and so on, {i * i}"}) + "\n" for i in range(5000)).encode()
+    zipped, path = gzip.compress(lines), tmp_path / "f.jsonl"
+    middle = len(zipped) // 2
+    flipped = zipped[:middle] + bytes([zipped[middle] ^ 0xFF]) + zipped[middle + 1 :]
+    broken = {
+        r"after line \d+ .Compressed file ended": zipped[: len(zipped) // 2],
+        r"after line \d+ .(CRC check failed|Error -3)": flipped,
+        "Error -3 while decompressing": zipped[:10] + b"\xff" + zipped[11:],  # no kind of block
+        r"after line [1-9]\d* .Not a gzipped file": zipped + b"more",
+        "Compressed file ended": zipped[:5],
+        "line 3 .byte 0xff is not UTF-8": b'{"text": "a b"}\n\n{"text": "\xff"}\n',
+    }
+    for message, data in broken.items():
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=f"cannot read .*f.jsonl.*{message}"):
+            tasks.load(f"{spec}:{path}", ByteTokenizer(), 64)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path):
+    (tmp_path / "f.jsonl").write_text("\ufeff" + GOOD)
+    assert tasks.load(f"choice:{tmp_path / 'f.jsonl'}", ByteTokenizer(), 64).num_documents == 1
+
+
+def test_a_line_separator_within_a_passage_ends_no_passage(tmp_path: Path):
+    (tmp_path / "l.txt").write_text("He\u2028saw Bob\r\nShe met Ann\n")
+    assert texts(tasks.load(f"lambada:{tmp_path / 'l.txt'}", ByteTokenizer(), 64)) == [("He\u2028saw", " Bob"), ("She met", " Ann")]

@@ -247,6 +247,14 @@ BROKEN = {
     "header is not JSON": (lambda f: _header_of(f, b"[1]"), "its header does not read"),
     "offsets lie": (
         lambda f: _header_of(f, b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}'), "is damaged: 'a' F32\\[9\\] has 4 bytes"),
+    "tensors overlap": (
+        lambda f: _header_of(f, b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},'
+                                b'"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}'),
+        "is damaged: 'b' begins at byte 2, and the one before ends at 4"),
+    "header nested without end": (lambda f: _header_of(f, b"[" * 100_000), "its header does not read"),
+    "config nested without end": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json is not JSON .maximum recursion"),
+    "half a surrogate pair": (lambda f: _config(f, _name_or_path="\ud800"), "config.json is not JSON .*surrogates not allowed"),
+    "wrong type": (lambda f: _config(f, hidden_size="12"), "'hidden_size' of the Hugging Face config is \"12\"; it must be a whole number"),
     "unknown format": (lambda f: _header_of(f, b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'), "number format F4; jaxllm reads"),
     "pickles": (_pickles_only, "pytorch_model.bin is a pickle.*safe_serialization=True"),
     "other name": (
@@ -255,7 +263,7 @@ BROKEN = {
         "surplus model.layers.0.self_attn.key.weight"),
     "other shape": (lambda f: _config(f, intermediate_size=32), r"gate_proj.weight has shape \(20, 12\), expected \(32, 12\)"),
     "unknown family": (lambda f: _config(f, model_type="lama"), "no family 'lama'; families are .*did you mean 'llama'"),
-    "no family": (lambda f: _config(f, model_type=None), "has no .model_type.; families are"),
+    "no family": (lambda f: _config(f, model_type=None), "'model_type' of the Hugging Face config is null; it must be a text"),
     "unknown option": (lambda f: _config(f, attention_sinks=4), "'attention_sinks' = 4 of a Hugging Face llama config is not covered"),
     "quantised": (lambda f: _config(f, quantization_config={"bits": 4}), "'quantization_config' = .* is not covered"),
     "no config": (lambda f: (f / "config.json").unlink(), "it has no config.json"),
@@ -286,6 +294,8 @@ def test_a_broken_folder_is_refused_in_one_line(what: str, tmp_path: Path, capsy
         ("hf {tmp}/nowhere out", "does not exist"),
         ("to-hf {tmp}/nowhere out", "does not exist"),
         ("hf {tmp}/hf {tmp}/full", "full exists already"),
+        ("hf {tmp}/hf {tmp}/out --check --check_text a\udcff", "--check_text has byte 0xff at character 1, which is not UTF-8"),
+        ("to-hf {tmp}/hf {tmp}/out --max_shard_bytes 0", "--max_shard_bytes is 0; it must be at least 1"),
         ("hf {tmp}/hf out --vocab_sise 3", "no option --vocab_sise; did you mean '--vocab_size'?"),
         ("hf {tmp}/hf {tmp}/out --tokenizer {tmp}/none", "no tokenizer at"),
         ("hf {tmp}/hf/model.bin {tmp}/out", "is a pickle"),

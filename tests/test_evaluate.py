@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,13 @@ from jaxllm.config import ConfigError, ModelConfig
 from jaxllm.data.tokenizer import ByteTokenizer
 from jaxllm.evals import likelihood
 from jaxllm.evaluate import EvalConfig, evaluate, main
+from jaxllm.generate import limits
+from jaxllm.generate.lock import hold
+from jaxllm.models.beam import beam_search
 from jaxllm.models.transformer import decoder
 
 MODEL = ModelConfig(num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_size=8, ff_width=24, vocab_size=259, max_length=64)
+LOAD = command._load
 QUESTIONS = [{"question": f"{a}+{b}=", "choices": [str(a + b), "many", str(a)], "answer": 0} for a in range(3) for b in range(3)]
 
 
@@ -47,7 +53,7 @@ def one_program_each() -> Iterator[None]:
     """A model is loaded once and a program compiled once for all evaluations here, which differ in what they ask."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "_load", cache(command._load))
-        patch.setattr(command, "_for_decoding", lambda model, mesh, config: (model.lm, model.params))
+        patch.setattr(pretrained.Pretrained, "for_decoding", lambda self, mesh, precision: (self.lm, self.params))
         patch.setattr(command, "sampler", cache(command.sampler))
         patch.setattr(command, "generator", cache(command.generator))
         patch.setattr(likelihood, "scorer", cache(likelihood.scorer))
@@ -216,13 +222,119 @@ def test_results_lie_in_the_run_directory_unless_told_otherwise(checkpoint: Path
         (["C", "--tasks", "text:x", "--num_samples", "3"], "would write one text 3 times"),
         (["C", "--tasks", "text:x", "--out", "results"], "is not a .json file"),
         (["nowhere", "--tasks", "text:x"], "nowhere does not exist"),
+        (["HF", "--tasks", "text:x"], "is a Hugging Face folder; convert it first"),
     ],
 )
-def test_what_is_wrong_is_said(checkpoint: Path, words: list[str], message: str):
+def test_what_is_wrong_is_said(checkpoint: Path, words: list[str], message: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match=message):
-        main([str(checkpoint) if word == "C" else word for word in words])
+        main([{"C": str(checkpoint), "HF": str(tmp_path)}.get(word, word) for word in words])
+
+
+def test_a_context_beyond_learned_positions_is_refused_before_the_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pretrained, "model_config", lambda checkpoint: replace(MODEL, position="learned"))
+    with pytest.raises(ConfigError, match="--max_length is 65, and this model's learned positions end at 64"):
+        evaluate("nowhere", EvalConfig(tasks=("text:x",), max_length=65), bar=quiet())
 
 
 def test_two_processes_do_not_write_the_same_results(checkpoint: Path, files: dict[str, str], tmp_path: Path):
-    with command._claim(tmp_path / "out.json"), pytest.raises(ConfigError, match="another process is writing"):
+    with hold(tmp_path / "out.json"), pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* is writing .*out.json; wait"):
         evaluate(str(checkpoint), config(tmp_path, files["choice"]), bar=quiet())
+
+
+def test_a_command_that_fails_leaves_nothing_and_a_lock_of_the_dead_is_no_obstacle(checkpoint: Path, files: dict[str, str], tmp_path: Path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".out.json.lock").write_text("process 1 on a machine that is gone")
+    for folder in ("new", "new/and/deeper"):
+        with pytest.raises(ConfigError, match="cannot read"):
+            evaluate(str(checkpoint), config(tmp_path / folder, "text:nowhere.txt"), bar=quiet())
+    assert not list((tmp_path / "new").iterdir())
+    evaluate(str(checkpoint), config(tmp_path / "new", files["choice"], limit=1), bar=quiet())
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.answers.jsonl", "out.json"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("out.json", '{"name": "somebody else", "version": 1}', "out.json was not written by jaxllm eval"),
+        ("out.json", '{"0123abcd": {"checkpoint_hash": "0123abcd", "tasks": 5}}', "out.json was not written by jaxllm eval"),
+        ("out.json", "[1, 2]", "out.json is damaged"),
+        ("out.answers.jsonl", "a text without an end of line", "answers.jsonl was not written by jaxllm eval"),
+        ("out.answers.jsonl", '{"question": "a"}\n{"torn', "answers.jsonl, line 1 was not written by jaxllm eval"),
+        ("out.answers.jsonl", '{"key": "k", "task": "t", "item": 0, "score": [-1.0, false]}\n', "answers.jsonl, line 1 was not written"),
+        ("out.answers.jsonl", '{"key": "k", "task": "t", "item": 0, "texts": [5]}\n', "answers.jsonl, line 1 was not written"),
+    ],
+)
+def test_files_of_others_are_refused_and_stay(
+    checkpoint: Path, files: dict[str, str], tmp_path: Path, name: str, content: str, message: str
+):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        evaluate(str(checkpoint), config(tmp_path, files["choice"], limit=1), bar=quiet())
+    assert (tmp_path / name).read_text() == content and not list(tmp_path.glob(".*"))
+
+
+def test_a_comma_in_the_name_of_a_file_separates_nothing(checkpoint: Path, tmp_path: Path):
+    for name in ("a,b.txt", "c", "x,y"):
+        (tmp_path / name).write_text(f"{name} is a text")
+    specs = [f"text:{tmp_path / name}" for name in ("a,b.txt", "c", "x,y")]
+    got = evaluate(str(checkpoint), config(tmp_path, ",".join(specs), f"{specs[0]},"), bar=quiet())
+    assert list(got["tasks"]) == specs
+    (tmp_path / "empty,x.txt").touch()
+    with pytest.raises(ConfigError, match=r"empty,x\.txt has no text to score"):
+        evaluate(str(checkpoint), config(tmp_path, f"text:{tmp_path / 'empty,x.txt'}"), bar=quiet())
+
+
+@pytest.mark.parametrize(
+    "task, flags, message",
+    [
+        ("text", ["--num_shots", "2"], r"no task here reads --num_shots \(text\)"),
+        ("text", ["--max_new_tokens", "2"], r"no task here reads --max_new_tokens"),
+        ("choice", ["--stride", "2"], r"no task here reads --stride \(choice\)"),
+        ("choice", ["--num_beams", "4"], r"no task here reads --num_beams"),
+        ("choice", ["--include_path", "x"], "no task here reads --include_path"),
+        ("gsm8k", ["--answer_context"], "no task here reads --answer_context"),
+        ("gsm8k", ["--num_beams", "4", "--temperature", "1"], "draws nothing; leave out --num_samples and --temperature"),
+        ("gsm8k", ["--top_p", "0.5"], "changes nothing at --temperature 0"),
+        ("gsm8k", ["--temperature", "nan"], "need a finite temperature"),
+        ("gsm8k", ["--seed", "-1"], "--seed is -1; it must be from 0"),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_refused_by_name(checkpoint: Path, files: dict[str, str], task: str, flags: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        main([str(checkpoint), "--tasks", files[task], *flags])
+
+
+def test_a_cache_that_memory_does_not_hold_is_refused_with_the_numbers(checkpoint: Path, files: dict[str, str], tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"5 rows of \S+ tokens need a cache of [\d,.]+ GB, and [\d,.]+ GB are free"):
+        evaluate(str(checkpoint), replace(config(tmp_path, files["gsm8k"]), max_length=10**13, max_new_tokens=10**12), bar=quiet())
+
+
+def test_a_batch_that_memory_does_not_hold_is_refused_with_the_numbers(
+    checkpoint: Path, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(limits, "free_bytes", lambda mesh: 1_000)
+    with pytest.raises(ConfigError, match=r"a batch of 64 tokens needs hidden states of 0\.0 GB, and 0\.0 GB are free; lower --batch"):
+        evaluate(str(checkpoint), config(tmp_path, files["choice"]), bar=quiet())
+    monkeypatch.setattr(limits, "free_bytes", lambda mesh: None)  # a system that does not say
+    evaluate(str(checkpoint), config(tmp_path, files["choice"], limit=1), bar=quiet())
+
+
+def test_what_is_said_of_a_damaged_checkpoint_is_no_result(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(pretrained, "load", lambda *_, **__: print("checkpoint 3 is damaged"))
+    LOAD("anywhere", "auto")
+    out, err = capsys.readouterr()
+    assert out == "" and "checkpoint 3 is damaged" in err
+
+
+def test_beam_search_writes_what_its_width_finds(checkpoint: Path, files: dict[str, str], tmp_path: Path):
+    got = evaluate(str(checkpoint), config(tmp_path, files["gsm8k"], num_beams=3, limit=2), bar=quiet())
+    (result,) = got["tasks"].values()
+    assert result["settings"]["num_beams"] == 3 and result["settings"]["length_penalty"] == 0.6
+    lines = [json.loads(line) for line in (tmp_path / "out.answers.jsonl").read_text().splitlines()]
+    model = command._load(str(checkpoint), "auto", sharding.make_mesh(pretrained.ONE_DEVICE))
+    engine = command.generator(model.lm, command.sampler(0.0, top_p=1.0))
+    prompts = [[256, *model.tokenizer.encode(f"Question: {i}?\nAnswer:")] for i in range(2)]
+    assert model.tokenizer.bos_id == 256
+    found = beam_search(engine, model.params, prompts, num_tokens=4, num_beams=3, stop_ids=(257,), length_penalty=0.6, offset=5)
+    assert [line["texts"] for line in lines] == [[model.tokenizer.decode(beams[0].ids)] for beams in found]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import typing
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from beartype.door import is_bearable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -278,6 +282,80 @@ def test_a_missing_size_is_named(family: str):
     del values[name]
     with pytest.raises(ConfigError, match=f"no '{name}'"):
         config_from_hf(values)
+
+
+JUNK = [None, "text", "12", True, False, 0, -1, 1.5, 10**30, math.nan, math.inf, -math.inf, [], [1], ["a"], {}, {"a": 1}, "\ud800"]
+"""What a config.json may hold in place of a value; Python's JSON has NaN and Infinity, and half a surrogate pair."""
+
+
+def with_junk(values: dict[str, Any], junk: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, the config with junk in its place), for keys of objects within it too."""
+    for key, value in values.items():
+        yield key, values | {key: junk}
+        if isinstance(value, dict):
+            for inner, changed in with_junk(value, junk):
+                yield inner, values | {key: changed}
+
+
+def assert_of_its_types(config: Any) -> None:
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        assert is_bearable(value, hint), f"{name} is {value!r}, not {hint}"
+        for part in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(part):
+                assert_of_its_types(part)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_value_of_a_wrong_type_is_named_and_never_gets_through(family: str):
+    released = next((values for values in RELEASED.values() if values["model_type"] == family), {})
+    values = released | config_to_hf(family, SMALL[family])
+    assert_of_its_types(config_from_hf(values))
+    for junk in JUNK:
+        for key, changed in with_junk(values, junk):
+            try:
+                assert_of_its_types(config_from_hf(changed))
+            except ConfigError as error:
+                assert key in str(error) or key == "model_type" or junk is None, f"{key} = {junk!r}: {error}"
+                assert "\n" not in str(error) and len(str(error)) < 400
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "llama",
+            {"hidden_size": None},
+            "'hidden_size' of the Hugging Face config is null; it must be a whole number from 1 to 16,777",
+        ),
+        ("llama", {"hidden_size": 12.0}, "'hidden_size' .* is 12.0; it must be a whole number"),
+        ("llama", {"max_position_embeddings": 10**8}, "'max_position_embeddings' .* is 100000000; it must be a whole number from 1 to"),
+        ("llama", {"num_hidden_layers": 10**7}, "'num_hidden_layers' .* is 10000000; it must be a whole number from 1 to 10,000"),
+        ("llama", {"num_key_value_heads": 0}, "'num_key_value_heads' .* is 0; it must be a whole number .*, or null"),
+        ("llama", {"num_key_value_heads": 4}, "'num_key_value_heads' = 4 does not divide 'num_attention_heads' = 6"),
+        ("llama", {"head_dim": 5}, "llama config is of no model that can be: model.head_size"),
+        ("llama", {"num_attention_heads": 24, "head_dim": None}, "'hidden_size' = 12 is less than 'num_attention_heads' = 24"),
+        ("llama", {"rms_norm_eps": "1e-5"}, "'rms_norm_eps' .* is \"1e-5\"; it must be a number from 0"),
+        ("llama", {"tie_word_embeddings": 0}, "'tie_word_embeddings' .* is 0; it must be true or false"),
+        ("llama", {"hidden_act": "sillu"}, "'hidden_act' .* is \"sillu\"; it must be one of .*did you mean '\"silu\"'"),
+        ("llama", {"hidden_act": ["silu"]}, "'hidden_act' .* it must be one of"),
+        ("llama", {"eos_token_id": "</s>"}, "'eos_token_id' .* it must be a whole number from -1 to .*, or a list .*, or null"),
+        ("llama", {"rope_scaling": "linear"}, "'rope_scaling' .* is \"linear\"; it must be an object, or null"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "'rope_scaling.factor' .* it must be a positive number"),
+        ("llama", {"rope_theta": [10_000.0]}, "'rope_theta' .* it must be a positive number, or null"),
+        ("llama", {"attention_dropout": 1}, "'attention_dropout' .* it must be a number from 0 to below 1"),
+        ("qwen2", {"layer_types": "full_attention"}, "'layer_types' .* it must be a list in which each entry is a text, or null"),
+        ("mpt", {"attn_config": []}, "'attn_config' .* it must be an object, or null"),
+        ("mpt", {"attn_config": {"softmax_scale": "0.3"}}, "'attn_config.softmax_scale' .* it must be a positive number, or null"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": 3}}, "'rope_parameters.full_attention' .* it must be an object, or null"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "'rope_parameters.rope_theta' is not covered"),
+        ("gpt2", {"n_inner": 0}, "'n_inner' .* is 0; it must be a whole number from 1 to .*, or null"),
+        ("gpt2", {"scale_attn_weights": None}, "'scale_attn_weights' .* is null; it must be true or false"),
+    ],
+)
+def test_a_wrong_value_is_said_with_what_was_given_and_what_is_expected(family: str, changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        config_from_hf(config_to_hf(family, SMALL[family]) | changes)
 
 
 def test_null_is_no_option():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +20,9 @@ import pytest
 from jaxllm import generate, sharding, tree
 from jaxllm.config import ConfigError, MeshConfig, ModelConfig
 from jaxllm.data.tokenizer import ByteTokenizer
-from jaxllm.generate import GenerateConfig, Writer, prepare, read_requests, run_chat, run_file, run_prompt
+from jaxllm.generate import GenerateConfig, Text, Writer, command, limits, prepare, read_requests, run_chat, run_file, run_prompt
+from jaxllm.generate.limits import cache_bytes
+from jaxllm.models.decoding import for_cpu
 from jaxllm.models.transformer import decoder
 
 CONFIG = ModelConfig(num_layers=1, width=12, num_heads=2, num_kv_heads=1, head_size=4, ff_width=20, vocab_size=259, max_length=48)
@@ -32,7 +37,10 @@ def pretrained() -> Any:
     params = tree.map_with_path(
         lambda path, leaf: rng.normal(1.0 if "norm" in path else 0.0, 0.5, leaf.shape).astype(np.float32), shapes
     )  # fmt: skip
-    return SimpleNamespace(config=CONFIG, lm=lm, params=params, tokenizer=ByteTokenizer(), chat_template=TEMPLATE, stop_ids=(257,))
+    return SimpleNamespace(
+        config=CONFIG, params=params, tokenizer=ByteTokenizer(), chat_template=TEMPLATE, stop_ids=(257,),
+        for_decoding=lambda mesh, precision: for_cpu(CONFIG, params, precision),
+    )  # fmt: skip
 
 
 @cache
@@ -102,7 +110,48 @@ def test_a_prompt_that_fills_the_context_is_refused_by_how_much():
     assert len(writer().texts([writer().encode("x" * 45)])[0][0].ids) <= 2, "46 of 48 tokens are the prompt"
 
 
+def test_nothing_of_a_prompt_that_is_refused_is_printed():
+    for options, message in (
+        ({"prompt": "x" * 52}, "6 too many"),
+        ({"prompt": "x", "max_length": 10**13, "num_tokens": 10**12}, r"1 rows of 1,000,000,000,002 tokens need a cache of .* GB are free"),
+        ({"prompt": "x", "num_samples": 10**12}, r"1,000,000,000,000 rows of 10 tokens need a cache"),
+        ({"prompt": "x", "num_beams": 10**12}, r"1,000,000,000,000 rows of 10 tokens need a cache"),
+    ):
+        out = io.StringIO()
+        with pytest.raises(ConfigError, match=message):
+            run_prompt(writer(**options), out)
+        assert out.getvalue() == ""
+
+
+def test_the_cache_is_reckoned_as_it_would_be_allocated():
+    lm = writer().lm
+    for rows, slots in ((1, 16), (3, 48), (8, 1 << 24), (8, 1 << 26)):
+        assert cache_bytes(lm, rows, slots) == rows * slots * (2 * 4 * 4 + 4), "k and v of one head of 4 float32, and a position"
+    mesh = sharding.make_mesh(MeshConfig(data=1))
+    assert 10**8 < limits.free_bytes(mesh) < 10**13
+
+
+def test_lengths_and_tokens_that_the_model_does_not_have_are_refused():
+    mesh = sharding.make_mesh(MeshConfig(data=1))
+    with pytest.raises(ConfigError, match="--stop_ids has 259, and this model's tokens are 0 to 258"):
+        prepare(pretrained(), GenerateConfig(prompt="x", stop_ids=(5, 259)), mesh, "float32")
+    learned = SimpleNamespace(**{**vars(pretrained()), "config": replace(CONFIG, position="learned")})
+    with pytest.raises(ConfigError, match="--max_length is 49, and this model's learned positions end at 48"):
+        prepare(learned, GenerateConfig(prompt="x", max_length=49), mesh, "float32")
+
+
 # ------------------------------------------------------------------------------------------------ chat
+
+
+def test_a_line_that_is_not_utf_8_is_said_and_the_chat_goes_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    raw = io.TextIOWrapper(io.BytesIO(b"h\xe9 there\nhi\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", raw)
+    monkeypatch.setattr(command, "_load", lambda checkpoint, config: writer(chat=True, prompt="", num_tokens=2))
+    assert generate.main(["model", "--chat"]) == 0
+    out, err = capsys.readouterr()
+    assert "what you wrote has byte 0xe9 at character 1, which is not UTF-8" in err and out.count("\n") >= 1
+    monkeypatch.setattr(sys, "stdin", None)  # closed
+    assert generate.main(["model", "--chat"]) == 0
 
 
 def test_a_chat_goes_on_from_what_was_said(monkeypatch: pytest.MonkeyPatch):
@@ -214,11 +263,14 @@ def test_keys_of_a_request_travel_along_and_do_not_change_its_place(tmp_path: Pa
 @pytest.mark.parametrize(
     "line, says",
     [
-        ("{", "line 2 is not JSON"),
-        ("[]", "line 2 has not one of"),
-        ('{"prompt": 1}', "line 2 has not one of"),
-        ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "line 2 has not one of"),
-        ('{"messages": [{"role": "user"}]}', "line 2 has not one of"),
+        ("{", "line 2: it is not JSON"),
+        ("[]", "line 2: it is .., not a JSON object"),
+        ('{"prompt": 1}', "line 2: it has not one of"),
+        ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "line 2: it has not one of"),
+        ('{"messages": [{"role": "user"}]}', "line 2: it has not one of"),
+        (r'{"prompt": "a\ud800"}', "line 2: it has half a surrogate pair"),
+        (r'{"messages": [{"role": "user", "content": "\udfff"}]}', "line 2: it has half a surrogate pair"),
+        ("[" * 100_000, "line 2: it is not JSON"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str, says: str):
@@ -229,9 +281,54 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str, says: str)
 
 def test_a_file_with_a_prompt_too_long_generates_nothing(tmp_path: Path):
     made, requests = file_writer(tmp_path)
-    with pytest.raises(ConfigError, match=r"prompt 6 of .* has 61 tokens, 14 too many"):
+    with pytest.raises(ConfigError, match=r"prompts.jsonl: prompt 6 has 61 tokens, .*14 too many"):
         run_file(made, [*requests, {"prompt": "x" * 60}], "model")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_file_that_is_no_text_or_empty_is_named(tmp_path: Path):
+    for content, says in ((b"", "p.jsonl is empty"), (b"\n \n", "p.jsonl is empty"), (b'\n{"prompt": "\xff"}', "line 2 .byte 0xff is not")):
+        (tmp_path / "p.jsonl").write_bytes(content)
+        with pytest.raises(ConfigError, match=says):
+            read_requests(tmp_path / "p.jsonl")
+
+
+def test_one_process_at_a_time_writes_an_out_and_says_who_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["model", "--file", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    made, _ = file_writer(tmp_path)
+    monkeypatch.setattr(command, "_load", lambda checkpoint, config: made)
+    monkeypatch.setattr(command.manifest, "fingerprint", lambda checkpoint: "model")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out.jsonl")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdin and holder.stdout and holder.stdout.readline() == b"held\n"
+    assert f"process {holder.pid} on " in (said := refused(*words)) and "is writing" in said and "out.jsonl" in said
+    assert not (tmp_path / "out.jsonl.partial").exists()
+    holder.kill()  # its lock file stays, and is no obstacle
+    holder.wait()
+    assert (tmp_path / ".out.jsonl.lock").exists()
+    assert generate.main(words) == 0 and len(results(tmp_path)) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
+    (tmp_path / "out.jsonl").unlink()
+    monkeypatch.setattr(command, "_load", lambda checkpoint, config: (tmp_path / "out.jsonl").touch())  # another one finished
+    monkeypatch.setattr(command, "hold", lambda path: contextlib.nullcontext(path.touch()))
+    assert "exists already" in refused(*words)
+
+
+HOLD = """
+import pathlib, sys
+from jaxllm.generate.lock import hold
+with hold(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_more_rows_than_prompts_are_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made, requests = file_writer(tmp_path, batch_size=10**12)
+    calls: list[int] = []
+    text = Text("said", "stop", [], [], 0.0)
+    monkeypatch.setattr(Writer, "texts", lambda self, prompts: calls.append(len(prompts)) or [[text]] * len(prompts))
+    run_file(made, requests, "model")
+    assert calls == [6] and len(results(tmp_path)) == 6
 
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -250,11 +347,53 @@ def test_mistakes_are_refused_before_the_model_is_read(tmp_path: Path):
     assert "top_p 2" in refused("model", "--prompt", "x", "--top_p", "2")
     assert "did you mean '--temperature'" in refused("model", "--prompt", "x", "--temprature", "2")
     assert "needs --out" in refused("model", "--file", "p.jsonl")
-    assert "leave out --prompt" in refused("model", "--file", "p", "--out", "o", "--prompt", "x")
+    assert "--file does not use --prompt; leave out" in refused("model", "--file", "p", "--out", "o", "--prompt", "x")
     assert "cannot read" in refused("model", "--file", str(tmp_path / "no"), "--out", "o")
     (tmp_path / "p").write_text('{"prompt": "x"}\n')
     assert "exists already" in refused("model", "--file", str(tmp_path / "p"), "--out", str(tmp_path / "p"))
     assert "no folder" in refused("model", "--file", str(tmp_path / "p"), "--out", str(tmp_path / "a" / "o"))
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("--prompt x --out o", "--prompt does not use --out"),
+        ("--prompt x --batch_size 3", "--prompt does not use --batch_size"),
+        ("--prompt x --logprobs", "--prompt does not use --logprobs"),
+        ("--prompt x --system y", "--prompt does not use --system"),
+        ("--chat --num_samples 2", "--chat does not use --num_samples"),
+        ("--chat --out o", "--chat does not use --out"),
+        ("--file f --out o --system y", "--file does not use --system"),
+        ("--file f --out o --chat", "--file does not use --chat"),
+        ("--prompt x --num_beams 4 --temperature 0.5", "--num_beams does not use --temperature"),
+        ("--prompt x --num_beams 4 --seed 5", "--num_beams does not use --seed"),
+        ("--file f --out o --num_beams 4 --logprobs", "--num_beams does not use --logprobs"),
+        ("--prompt x --length_penalty 0.6", "--num_beams 1 does not use --length_penalty"),
+        ("--prompt x --temperature 0 --top_k 5", "--temperature 0 does not use --top_k"),
+        ("--prompt x --temperature 0 --num_samples 2", "--temperature 0 does not use --num_samples"),
+        ("--prompt x --temperature nan", "--temperature is nan; it must be finite"),
+        ("--prompt x --length_penalty inf --num_beams 2", "--length_penalty is inf; it must be finite"),
+        ("--prompt x --seed -1", "--seed is -1; it must be from 0"),
+        ("--prompt \udcff", "--prompt has byte 0xff at character 0, which is not UTF-8"),
+        ("--prompt x --stop a\udcfe", "--stop has byte 0xfe at character 1"),
+        ("--chat --system \ud800", r"--system has half a surrogate pair (\ud800) at character 0"),
+    ],
+)
+def test_a_flag_that_changes_nothing_or_is_no_text_is_refused_by_name(words: str, says: str):
+    assert says in refused("model", *words.split())
+
+
+def test_an_empty_stop_is_refused():
+    assert "--stop has an empty text" in refused("model", "--prompt", "x", "--stop", "")
+
+
+def test_what_is_said_of_a_damaged_checkpoint_is_no_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    from jaxllm import pretrained as rooms
+
+    monkeypatch.setattr(rooms, "load", lambda folder, **options: print("checkpoint 3 is damaged") or pretrained())
+    assert generate.main(["model", "--prompt", "hi", "--num_tokens", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("hi") and "damaged" not in out and "checkpoint 3 is damaged" in err
 
 
 def test_the_command_loads_and_writes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

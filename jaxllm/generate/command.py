@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +13,10 @@ import jax
 
 from jaxllm import manifest, sharding
 from jaxllm.config import ConfigError
+from jaxllm.evals.records import encodable, tolerate
 from jaxllm.flags import parse_flags
 from jaxllm.generate.files import read_requests, refuse_finished, run_file
+from jaxllm.generate.lock import hold
 from jaxllm.generate.writer import GenerateConfig, Writer, prepare
 from jaxllm.models.generate import Memory
 
@@ -34,27 +38,37 @@ def main(words: list[str]) -> int:
     config = parse_flags(GenerateConfig(), words[1:], f"jaxllm generate {words[0]}")
     if not (config.prompt or config.chat or config.file):
         raise ConfigError("nothing to continue; give --prompt TEXT, --chat, or --file PROMPTS.jsonl --out RESULTS.jsonl")
+    tolerate(sys.stdout, "backslashreplace")  # a terminal in ASCII, say
     if config.file:
         requests = read_requests(Path(config.file))
         refuse_finished(Path(config.out))
+        with hold(Path(config.out)):
+            refuse_finished(Path(config.out))  # another process may have finished since
+            run_file(_load(words[0], config), requests, manifest.fingerprint(words[0]))
+    elif config.chat:
+        said = tolerate(sys.stdin, "surrogateescape") or io.StringIO()  # None where it is closed
+        run_chat(_load(words[0], config), said, sys.stdout)
+    else:
+        run_prompt(_load(words[0], config), sys.stdout)
+    return 0
+
+
+def _load(checkpoint: str, config: GenerateConfig) -> Writer:
+    """The model, ready. What there is to say of its checkpoint is no part of the text, and goes to standard error."""
     from jaxllm import pretrained
 
     mesh = sharding.make_mesh(config.mesh)
     precision = config.precision if config.precision != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    writer = prepare(pretrained.load(words[0], mesh=mesh, precision=precision), config, mesh, precision)
-    if config.file:
-        run_file(writer, requests, manifest.fingerprint(words[0]))
-    elif config.chat:
-        run_chat(writer, sys.stdin, sys.stdout)
-    else:
-        run_prompt(writer, sys.stdout)
-    return 0
+    with contextlib.redirect_stdout(sys.stderr):
+        model = pretrained.load(checkpoint, mesh=mesh, precision=precision)
+    return prepare(model, config, mesh, precision)
 
 
 def run_prompt(writer: Writer, out: TextIO) -> None:
     """Continue --prompt: streamed when there is one continuation, else one after the other."""
     config = writer.config
     ids = writer.encode(config.prompt)
+    writer.check([ids])
     if config.num_samples == 1:
         out.write(config.prompt)
         writer.texts([ids], lambda row, text: _say(out, text))
@@ -74,6 +88,7 @@ def run_chat(writer: Writer, words: TextIO, out: TextIO) -> None:
             continue
         messages.append({"role": "user", "content": said})
         try:
+            encodable(said, "what you wrote")
             ids = writer.encode_chat(messages)
             answer = writer.texts([ids], lambda row, text: _say(out, text) if row == 0 else None, memory)[0][0]
         except ConfigError as error:

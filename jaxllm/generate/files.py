@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config import ConfigError
+from jaxllm.evals import records
 from jaxllm.files import write_atomic
 from jaxllm.generate.writer import Text, Writer
 
@@ -22,25 +23,14 @@ def read_requests(path: Path) -> list[dict[str, Any]]:
     Raises:
       ConfigError: no such file, or a line that is not a prompt (says which).
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path} ({error}); --file takes a JSONL file of prompts") from None
-    requests = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            request = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number} is not JSON ({error})") from None
-        asked = isinstance(request, dict) and [key for key in ("prompt", "messages") if key in request]
-        if not asked or len(asked) > 1 or not (isinstance(request.get("prompt"), str) or _is_chat(request.get("messages"))):
-            raise ConfigError(
-                f'{path}, line {number} has not one of "prompt", a text, and "messages", a list of {{"role", "content"}}; give one of them'
-            )
-        requests.append(request)
-    return requests
+    return records.parse(path, _request)
+
+
+def _request(values: dict[str, Any]) -> dict[str, Any]:
+    asked = [key for key in ("prompt", "messages") if key in values]
+    if len(asked) != 1 or not (isinstance(values.get("prompt"), str) or _is_chat(values.get("messages"))):
+        raise ConfigError('it has not one of "prompt", a text, and "messages", a list of {"role", "content"}; give one of them')
+    return values
 
 
 def _is_chat(messages: Any) -> bool:
@@ -62,13 +52,11 @@ def run_file(writer: Writer, requests: Sequence[Mapping[str, Any]], checkpoint: 
     """
     config = writer.config
     prompts = [writer.encode(r["prompt"]) if "prompt" in r else writer.encode_chat(r["messages"]) for r in requests]
-    context = config.max_length or writer.lm.config.max_length
-    for number, prompt in enumerate(prompts):
-        if len(prompt) >= context:
-            raise ConfigError(
-                f"prompt {number} of {config.file} has {len(prompt)} tokens, {len(prompt) - context + 1} too many "
-                f"for a context of {context} that has room for an answer"
-            )
+    num_rows = min(config.batch_size, len(prompts))
+    try:
+        writer.check(prompts, num_rows)
+    except ConfigError as error:
+        raise ConfigError(f"{config.file}: {error}") from None
     partial = Path(f"{config.out}.partial")
     command = [dataclasses.asdict(config), checkpoint, list(writer.stop_ids), prompts]
     wanted = hashlib.sha256(json.dumps(command).encode()).hexdigest()
@@ -79,9 +67,9 @@ def run_file(writer: Writer, requests: Sequence[Mapping[str, Any]], checkpoint: 
         if not done:
             file.truncate(0)
             file.write(json.dumps({"command": wanted}) + "\n")
-        for start in range(0, len(left), config.batch_size):
-            batch = left[start : start + config.batch_size]
-            filled = [prompts[n] for n in batch] + [prompts[batch[-1]]] * (config.batch_size - len(batch))  # one shape for all
+        for start in range(0, len(left), num_rows):
+            batch = left[start : start + num_rows]
+            filled = [prompts[n] for n in batch] + [prompts[batch[-1]]] * (num_rows - len(batch))  # one shape for all
             for number, texts in zip(batch, writer.texts(filled), strict=False):
                 done[number] = _result(number, requests[number], texts, config.logprobs)
                 file.write(json.dumps(done[number]) + "\n")
@@ -106,9 +94,9 @@ def _resume(partial: Path, wanted: str, num_prompts: int) -> dict[int, dict[str,
         return {}
     whole, _, torn = partial.read_bytes().rpartition(b"\n")
     try:
-        records = [json.loads(line) for line in whole.split(b"\n") if line]
-        ours = bool(records or not torn) and all(record["command"] == wanted for record in records[:1])
-        ours = ours and all(0 <= record["index"] < num_prompts for record in records[1:])
+        found = [json.loads(line) for line in whole.split(b"\n") if line]
+        ours = bool(found or not torn) and all(record["command"] == wanted for record in found[:1])
+        ours = ours and all(0 <= record["index"] < num_prompts for record in found[1:])
     except (ValueError, TypeError, KeyError):
         ours = False
     if not ours:
@@ -118,7 +106,7 @@ def _resume(partial: Path, wanted: str, num_prompts: int) -> dict[int, dict[str,
     if torn:
         with open(partial, "r+b") as file:
             file.truncate(len(whole) + 1 if whole else 0)
-    return {record["index"]: record for record in records[1:]}
+    return {record["index"]: record for record in found[1:]}
 
 
 def refuse_finished(out: Path) -> None:

@@ -114,7 +114,8 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
         raise ConfigError(missing)
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+        json.dumps(value, ensure_ascii=False).encode()  # or half a surrogate pair would fail where it is written
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a {type(value).__name__}, not an object; fetch it again")
@@ -196,17 +197,19 @@ def read_header(path: Path) -> dict[str, FileTensor]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         entries = {name: _entry(**value) for name, value in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{path} is not a safetensors file (its header does not read: {type(error).__name__}); fetch it again") from None
     tensors: dict[str, FileTensor] = {}
     end = 0
-    for name, (dtype, shape, begin, stop) in entries.items():
+    for name, (dtype, shape, begin, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
         if dtype not in _DTYPES:
             raise ConfigError(f"{path}: '{name}' has the number format {dtype}; jaxllm reads {', '.join(_DTYPES)}")
         tensors[name] = FileTensor(path, 8 + length + begin, shape, np.dtype(_DTYPES[dtype]))
         if min(shape, default=0) < 0 or begin < 0 or stop - begin != tensors[name].num_bytes:
             raise ConfigError(f"{path} is damaged: '{name}' {dtype}{list(shape)} has {stop - begin:,} bytes; fetch it again")
-        end = max(end, stop)
+        if begin != end:
+            raise ConfigError(f"{path} is damaged: '{name}' begins at byte {begin:,}, and the one before ends at {end:,}; fetch it again")
+        end = stop
     if 8 + length + end != size:
         what = "is truncated" if size < 8 + length + end else "has bytes that belong to no tensor"
         raise ConfigError(f"{path} {what}: its header needs {8 + length + end:,} bytes, and the file has {size:,}; fetch it again")

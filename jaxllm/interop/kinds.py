@@ -82,7 +82,7 @@ def said(value: Any) -> str:
     """A value as their file has it, or the beginning of it.
 
     >>> said(None), said([1] * 99)
-    ('null', '[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, …')
+    ('null', '[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,…')
     """
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 40 else f"{text[:39]}…"

@@ -7,37 +7,30 @@ What no option took is an error: a key that we do not know may change the mathem
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from jaxllm.config import ConfigError, LayerKind, ModelConfig, RopeConfig, nearest
+from jaxllm.interop.kinds import (
+    ANYTHING,
+    DEPTH,
+    FLAG,
+    FROM_ZERO,
+    OBJECT,
+    POSITIVE,
+    SHARE,
+    SIZE,
+    TEXT,
+    Kind,
+    Reader,
+    list_of,
+    one_of,
+    only,
+    or_null,
+    said,
+)  # fmt: skip
 
 type Values = dict[str, Any]
-
-
-@dataclass
-class Reader:
-    """Their config, and which of its keys have been taken. The order of takes does not matter."""
-
-    values: Mapping[str, Any]
-    taken: set[str] = field(default_factory=set)
-
-    def take(self, key: str, *default: Any) -> Any:
-        """`values[key]`, or the default where the key is absent (null is a value).
-
-        Raises:
-          ConfigError: the key is absent and has no default.
-        """
-        self.taken.add(key)
-        if key in self.values:
-            return self.values[key]
-        if not default:
-            raise ConfigError(f"the Hugging Face config has no '{key}'{nearest(key, self.values)}")
-        return default[0]
-
-    def surplus(self) -> list[str]:
-        """Keys with a value that nothing took and that are not neutral."""
-        return [key for key, value in self.values.items() if key not in self.taken | NEUTRAL and value is not None]
 
 
 class Option(NamedTuple):
@@ -70,65 +63,72 @@ TRAINING_ONLY = ("init", "init_std", "embedding_dropout", "attention_dropout", "
 """Our fields that no converted model's output depends on; a family need not have a place for them."""
 
 
-def option(theirs: str, *ours: str, default: tuple[Any, ...] = (), spellings: Mapping[Any, Any] | None = None) -> Option:
+def plain(theirs: str, *ours: str, kind: Kind, default: tuple[Any, ...] = ()) -> Option:
     """One key of theirs for one or more fields of ours, which it sets alike.
 
     Args:
       default: empty, or the one value that an absent key means.
-      spellings: their value -> ours; the first of several with one meaning is written.
     """
+    return Option(
+        lambda reader: dict.fromkeys(ours, reader.take(theirs, kind, *default)), lambda config: {theirs: getattr(config, ours[0])}
+    )
+
+
+def size(theirs: str, *ours: str, kind: Kind = SIZE) -> Option:
+    """A whole number that must be given."""
+    return plain(theirs, *ours, kind=kind)
+
+
+def number(theirs: str, *ours: str, default: float | None, kind: Kind = FROM_ZERO) -> Option:
+    """A float (JSON may write it as an integer), or null where `kind` has it, with the value that an absent key means."""
+    own = plain(theirs, *ours, kind=kind, default=(default,))
 
     def read(reader: Reader) -> Values:
-        value = reader.take(theirs, *default)
-        if spellings is not None:
-            if value not in spellings:
-                allowed = ", ".join(map(repr, spellings))
-                raise ConfigError(f"'{theirs}' is {value!r}; jaxllm covers {allowed}{nearest(str(value), map(str, spellings))}")
-            value = spellings[value]
-        return dict.fromkeys(ours, value)
+        return {name: None if value is None else float(value) for name, value in own.read(reader).items()}
 
-    def write(config: ModelConfig) -> Values:
-        value = getattr(config, ours[0])
-        if spellings is not None:
-            value = next((theirs for theirs, our in spellings.items() if our == value), None)
-        return {theirs: value}
-
-    return Option(read, write)
-
-
-def number(theirs: str, *ours: str, default: float | None) -> Option:
-    """A float (JSON may write it as an integer) or null, with the value that an absent key means."""
-    plain = option(theirs, *ours, default=(default,))
-
-    def read(reader: Reader) -> Values:
-        return {name: None if value is None else float(value) for name, value in plain.read(reader).items()}
-
-    return Option(read, plain.write)
+    return Option(read, own.write)
 
 
 def flag(theirs: str, *ours: str, default: bool) -> Option:
     """True or false, with the value that an absent key means."""
-    return option(theirs, *ours, default=(default,), spellings={False: False, True: True})
+    return plain(theirs, *ours, kind=FLAG, default=(default,))
+
+
+def option(theirs: str, *ours: str, default: Any, spellings: Mapping[Any, Any]) -> Option:
+    """One of several words for one or more fields of ours, which it sets alike.
+
+    Args:
+      default: what an absent key means.
+      spellings: their value -> ours; the first of several with one meaning is written.
+    """
+
+    def read(reader: Reader) -> Values:
+        return dict.fromkeys(ours, spellings[reader.take(theirs, one_of(spellings), default)])
+
+    def write(config: ModelConfig) -> Values:
+        value = getattr(config, ours[0])
+        return {theirs: next((theirs for theirs, our in spellings.items() if our == value), None)}
+
+    return Option(read, write)
 
 
 def always(**keys: Any) -> Option:
     """Keys of which one value is covered, which changes nothing: `always(clip_qkv=None)`. Others are refused; none is written."""
 
     def read(theirs: Reader) -> Values:
-        for key, only in keys.items():
-            value = theirs.take(key, only)
-            if value != only and value is not None:
-                raise ConfigError(f"'{key}' is {value!r}; jaxllm covers {only!r} only")
+        for key, value in keys.items():
+            theirs.take(key, only(value), None)
         return {}
 
     return Option(read, lambda config: {})
 
 
-def ignored(*keys: str) -> Option:
+def ignored(*keys: str, kind: Kind = ANYTHING) -> Option:
     """Keys that this family's model does not look at."""
 
     def read(theirs: Reader) -> Values:
-        theirs.taken.update(keys)
+        for key in keys:
+            theirs.take(key, kind, None)
         return {}
 
     return Option(read, lambda config: {})
@@ -142,11 +142,19 @@ def fixed(**ours: Any) -> Option:
 # ----------------------------------------------------------------------------------------- heads
 
 
+def width_and_heads(theirs: Reader, width: str = "hidden_size", heads: str = "num_attention_heads") -> tuple[int, int]:
+    """(D, N), with D >= N."""
+    D, N = theirs.take(width, SIZE), theirs.take(heads, SIZE)
+    if D < N:
+        raise ConfigError(f"'{width}' = {D} is less than '{heads}' = {N}; every head needs a number at least")
+    return D, N
+
+
 def equal_heads(width: str, heads: str) -> Option:
     """K = N and H = D / N, with no key of their own."""
 
     def read(theirs: Reader) -> Values:
-        D, N = theirs.take(width), theirs.take(heads)
+        D, N = width_and_heads(theirs, width, heads)
         if D % N:
             raise ConfigError(f"'{width}' = {D} is not a multiple of '{heads}' = {N}")
         return {"num_kv_heads": N, "head_size": D // N}
@@ -158,10 +166,12 @@ def grouped_heads(default_kv_heads: int | None = None, default_head_size: int | 
     """`num_key_value_heads`, by default N, and `head_dim`, by default D / N unless the family has a number."""
 
     def read(theirs: Reader) -> Values:
-        D, N = theirs.take("hidden_size"), theirs.take("num_attention_heads")
-        kv_heads = theirs.take("num_key_value_heads", default_kv_heads)
-        size = theirs.take("head_dim", default_head_size)
-        return {"num_kv_heads": kv_heads or N, "head_size": size or D // N}
+        D, N = width_and_heads(theirs)
+        kv_heads = theirs.take("num_key_value_heads", or_null(SIZE), default_kv_heads) or N
+        size = theirs.take("head_dim", or_null(SIZE), default_head_size)
+        if N % kv_heads:
+            raise ConfigError(f"'num_key_value_heads' = {kv_heads} does not divide 'num_attention_heads' = {N}")
+        return {"num_kv_heads": kv_heads, "head_size": size or D // N}
 
     return Option(read, lambda config: {"num_key_value_heads": config.num_kv_heads, "head_dim": config.head_size})
 
@@ -183,41 +193,39 @@ _ROPE_FIELDS = {  # ours -> (theirs, whether it must be given)
 
 
 def read_rope(
-    params: Values, *, max_length: int, head_size: int, partial: bool = False, scalings: Sequence[str] = tuple(_SCALINGS)
+    params: Reader, *, max_length: int, head_size: int, partial: bool = False, scalings: Sequence[str] = tuple(_SCALINGS)
 ) -> RopeConfig:
-    """A `rope_parameters` dict (or a `rope_scaling` one with its base put in) as ours.
+    """A `rope_parameters` object (or a `rope_scaling` one with its base put in) as ours. Null is as good as absent.
 
     Raises:
       ConfigError: a scaling or a setting of it that we do not have.
     """
-    rest = {key: value for key, value in params.items() if value is not None}
-    kind = rest.pop("rope_type", None) or rest.get("type", "default")
-    rest.pop("type", None)
-    if kind not in scalings:
-        raise ConfigError(f"the RoPE scaling is '{kind}'; jaxllm covers {', '.join(scalings)}{nearest(kind, scalings)}")
+    names = or_null(one_of(scalings))
+    older = params.take("type", names, None)
+    kind = params.take("rope_type", names, None) or older or "default"
     scaling: Any = _SCALINGS[kind]
-    fraction = float(rest.pop("partial_rotary_factor", 1.0))
+    base = float(params.take("rope_theta", POSITIVE))
+    fraction = float(params.take("partial_rotary_factor", or_null(SHARE), None) or 1.0)
     if fraction != 1.0 and not partial:
         raise ConfigError(f"'partial_rotary_factor' is {fraction}; this family rotates whole heads")
     rotated = int(head_size * fraction)  # theirs rounds down, ours to the nearest
     fraction = fraction if round(head_size * fraction) == rotated else rotated / head_size
-    rope = RopeConfig(base=float(rest.pop("rope_theta")), fraction=fraction, scaling=scaling)
     known = _ROPE_FIELDS.get(scaling, {})
-    given: Values = {ours: rest.pop(theirs) for ours, theirs in known.items() if theirs in rest}
+    kinds = {ours: or_null(SIZE if ours == "original_max_length" else POSITIVE) for ours in known}
+    given: Values = {ours: params.take(theirs, kinds[ours], None) for ours, theirs in known.items()}
+    given = {ours: value if ours == "original_max_length" else float(value) for ours, value in given.items() if value is not None}
     if "original_max_length" in known:
-        given["original_max_length"] = int(given.get("original_max_length", max_length))
+        given.setdefault("original_max_length", max_length)
     if scaling in ("linear", "llama3") and "factor" not in given:
         raise ConfigError(f"RoPE scaling '{kind}' has no 'factor'")
-    if scaling == "llama3" and not {"low_freq_factor", "high_freq_factor"} <= given.keys():
-        raise ConfigError("RoPE scaling 'llama3' needs 'low_freq_factor' and 'high_freq_factor'")
+    if scaling == "llama3" and not given.get("low_freq_factor", 1e30) < given.get("high_freq_factor", 0.0):
+        raise ConfigError("RoPE scaling 'llama3' needs 'low_freq_factor' and 'high_freq_factor', the second above the first")
     if scaling == "yarn":
         given.setdefault("factor", max_length / given["original_max_length"])
-        if rest.get("truncate") is True:
-            rest.pop("truncate")
-    if rest:
-        raise ConfigError(f"RoPE scaling '{kind}' has '{next(iter(rest))}' = {next(iter(rest.values()))!r}, which jaxllm does not cover")
-    numbers: Values = {name: int(v) if name == "original_max_length" else float(v) for name, v in given.items()}
-    return replace(rope, **numbers)
+        params.take("truncate", only(True), None)
+    for key in params.surplus():
+        raise ConfigError(f"'{params.within}{key}' = {said(params.values[key])} of RoPE scaling '{kind}' is not covered")
+    return RopeConfig(base=base, fraction=fraction, scaling=scaling, **given)
 
 
 def write_rope(rope: RopeConfig) -> Values | None:
@@ -245,11 +253,11 @@ def rope(
     """
 
     def read(theirs: Reader) -> Values:
-        params = _rope_dict(theirs, base_key, base)
-        if fraction_key is not None:
-            params.setdefault("partial_rotary_factor", theirs.take(fraction_key, fraction))
-        size = theirs.values.get("head_dim") or theirs.take("hidden_size") // theirs.take("num_attention_heads")
-        max_length = theirs.take("max_position_embeddings")
+        beside = {} if fraction_key is None else {"partial_rotary_factor": theirs.take(fraction_key, SHARE, fraction)}
+        params = _rope_reader(theirs, base_key, base, beside)
+        D, N = width_and_heads(theirs)
+        size = theirs.look("head_dim", or_null(SIZE), None) or D // N
+        max_length = theirs.take("max_position_embeddings", SIZE)
         return {"rope": read_rope(params, max_length=max_length, head_size=size, partial=fraction_key is not None, scalings=scalings)}
 
     def write(config: ModelConfig) -> Values:
@@ -259,14 +267,15 @@ def rope(
     return Option(read, write)
 
 
-def _rope_dict(theirs: Reader, base_key: str, base: float) -> Values:
-    """Their RoPE settings as one flat dict with `rope_theta` in it."""
-    modern, scaling, separate = (theirs.take(key, None) for key in ("rope_parameters", "rope_scaling", base_key))
-    params = dict(scaling or modern or {})
-    theta = params.get("rope_theta")
+def _rope_reader(theirs: Reader, base_key: str, base: float, beside: Values) -> Reader:
+    """Their RoPE settings in one place, with `rope_theta` and what stands `beside` them put in."""
+    scaling, modern = (theirs.take(key, or_null(OBJECT), None) for key in ("rope_scaling", "rope_parameters"))
+    inner = Reader(scaling or modern or {}, "rope_scaling." if scaling else "rope_parameters.")
+    separate, theta = theirs.take(base_key, or_null(POSITIVE), None), inner.look("rope_theta", or_null(POSITIVE), None)
     if theta is not None and separate is not None and theta != separate:
         raise ConfigError(f"'{base_key}' is {separate}, and the RoPE parameters have 'rope_theta' = {theta}; remove one")
-    return params | {"rope_theta": next((value for value in (theta, separate) if value is not None), base)}
+    given = {"rope_theta": next((value for value in (theta, separate) if value is not None), base)}
+    return Reader(beside | dict(inner.values) | given, inner.within)
 
 
 # ---------------------------------------------------------------------------------------- layers
@@ -289,7 +298,7 @@ def one_window(default: int | None) -> Option:
     """Every layer has the window `sliding_window`, or none has."""
 
     def read(theirs: Reader) -> Values:
-        return {"layer_pattern": (LayerKind(window=theirs.take("sliding_window", default)),)}
+        return {"layer_pattern": (LayerKind(window=theirs.take("sliding_window", or_null(SIZE), default)),)}
 
     return Option(read, lambda config: {"sliding_window": config.kind(0).window})
 
@@ -308,12 +317,12 @@ def typed_layers(
     """
 
     def read(theirs: Reader) -> Values:
-        window = theirs.take("sliding_window", 4096)
-        if switch is not None and not theirs.take(switch, False):
+        window = theirs.take("sliding_window", or_null(SIZE), 4096)
+        if switch is not None and not theirs.take(switch, or_null(FLAG), False):
             window = None
-        depth = theirs.take("num_hidden_layers")
+        depth = theirs.take("num_hidden_layers", DEPTH)
         default = ["sliding_attention" if slides(theirs, i) else "full_attention" for i in range(depth)]
-        types = theirs.take("layer_types", None) or default
+        types = theirs.take("layer_types", or_null(list_of(TEXT)), None) or default
         kinds = {"sliding_attention": LayerKind(window, local_rope(theirs)), "full_attention": LayerKind()}
         unknown = next((kind for kind in types if kind not in kinds), None)
         if unknown is not None:
@@ -344,9 +353,14 @@ def read_options(options: Sequence[Option], values: Mapping[str, Any], family: s
     ours: Values = {}
     for part in options:
         ours |= part.read(theirs)
-    for key in theirs.surplus():
-        raise ConfigError(f"'{key}' = {values[key]!r} of a Hugging Face {family} config is not covered{nearest(key, theirs.taken - {key})}")
-    return ModelConfig(**ours)
+    for key in theirs.surplus(NEUTRAL):
+        raise ConfigError(
+            f"'{key}' = {said(values[key])} of a Hugging Face {family} config is not covered{nearest(key, theirs.taken - {key})}"
+        )
+    try:
+        return ModelConfig(**ours)
+    except ConfigError as error:
+        raise ConfigError(f"the Hugging Face {family} config is of no model that can be: {error}") from None
 
 
 def write_options(options: Sequence[Option], config: ModelConfig) -> Values:

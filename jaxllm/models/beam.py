@@ -28,7 +28,7 @@ class Beam(NamedTuple):
     logp: float
     """Sum of the tokens' log-probabilities as the processors left them, the stop token's included."""
     score: float
-    """logp / (number of tokens, the stop token included) ** length_penalty."""
+    """logp / ((offset + n) / (offset + 1)) ** length_penalty, n tokens, the stop token included."""
     finish: str
     """'stop' or 'length'."""
 
@@ -52,6 +52,7 @@ def beam_search(
     stop_ids: Sequence[int] = (),
     ends: Callable[[Sequence[int]], bool] = lambda ids: False,
     length_penalty: float = 1.0,
+    offset: int = 0,
     max_length: int | None = None,
     frozen: Any = None,
 ) -> list[list[Beam]]:
@@ -62,6 +63,9 @@ def beam_search(
 
     Args:
       num_tokens: new tokens of each prompt, or of all.
+      length_penalty, offset: n tokens' log-probability is divided by ((offset + n) / (offset + 1)) ** length_penalty. An offset of 0
+        is transformers' n ** length_penalty; 5 is Google's translation system's and T5's, which GPT-3 took over with 0.6
+        (arXiv:1609.08144, equation 14; arXiv:2005.14165, section 2.4).
       ends: whether a continuation with these ids is finished by its last token, which stays: where stop strings hang.
 
     Raises:
@@ -78,7 +82,11 @@ def beam_search(
     padded, lengths = pad_prompts(prompts, limit or bucket(needed))
     num_candidates = min(max(2, 1 + len(stop_ids)) * num_beams, num_beams * lm.config.vocab_size)
     begin, go_on = _compiled(generate, num_beams, num_candidates)
-    books = [_Books(new, num_beams, frozenset(stop_ids), ends, length_penalty) for new in each]
+
+    def norm(length: int) -> float:
+        return ((offset + length) / (offset + 1)) ** length_penalty
+
+    books = [_Books(new, num_beams, frozenset(stop_ids), ends, norm) for new in each]
     found, carry = begin(params, frozen, padded, lengths, bucket(max(needed, padded.shape[1]), limit))
     while True:
         logps, beams, tokens = (np.asarray(column).tolist() for column in found)
@@ -94,9 +102,9 @@ class _Books:
     """The running and the finished texts of one prompt."""
 
     def __init__(
-        self, num_tokens: int, num_beams: int, stop_ids: frozenset[int], ends: Callable[[Sequence[int]], bool], length_penalty: float
+        self, num_tokens: int, num_beams: int, stop_ids: frozenset[int], ends: Callable[[Sequence[int]], bool], norm: Callable[[int], float]
     ) -> None:  # fmt: skip
-        self._num_tokens, self._num_beams, self._stop_ids, self._ends, self._penalty = num_tokens, num_beams, stop_ids, ends, length_penalty
+        self._num_tokens, self._num_beams, self._stop_ids, self._ends, self._norm = num_tokens, num_beams, stop_ids, ends, norm
         self._running: list[list[int]] = [[]] * num_beams
         self._length = 0
         self.finished: list[Beam] = []
@@ -118,7 +126,7 @@ class _Books:
             if not ended and self._length < self._num_tokens:
                 following.append((logp, parent, token))
             elif rank < self._num_beams:
-                score = logp / self._length**self._penalty
+                score = logp / self._norm(self._length)
                 self.finished.append(Beam(ids[:-1] if stopped else ids, logp, score, "stop" if ended else "length"))
         following = following[: self._num_beams]
         self.finished = sorted(self.finished, key=lambda beam: -beam.score)[: self._num_beams]
@@ -130,7 +138,7 @@ class _Books:
 
     def _best_case(self, logp: float) -> float:
         """The highest score that a beam of this log-probability can still reach: no further token has one above 0."""
-        return max(logp / (self._length + 1) ** self._penalty, logp / self._num_tokens**self._penalty)
+        return max(logp / self._norm(self._length + 1), logp / self._norm(self._num_tokens))
 
 
 @lru_cache(maxsize=8)

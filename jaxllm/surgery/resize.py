@@ -17,7 +17,8 @@ A head's values may be multiplied by any matrix and its rows of the output proje
 depends on that choice, and is poor where heads of a group are written in unlike bases. So we ask for V' [D H] and maps A_i [H H] that
 minimise Σ_i Σ_(n reads i) E|x (V_i − V' A_i) O_n|², which a truncated SVD solves, and put A_i O_n in the place of O_n. Likewise keys,
 E|(x Q_n)·(x' K_i − x' K' A_i)|², with A_i put into the queries. Rotary positions leave a key fewer freedoms: in a rotated plane, A_i is
-one complex number. A QK-norm leaves none: its keys are means.
+one complex number. A QK-norm leaves none: its keys are means. SmolLM2-135M from 3 heads to 1, wikitext2 loss at once: before 3.26, svd
+5.28, mean 9.90, random 11.74, first 13.57 (`python -m tools.bench.kv_heads`; docs/surgery.md).
 
 Letters: B batch, T length, S key length, L layers, D width, N query heads, K key/value heads, G = N/K, H head size.
 """

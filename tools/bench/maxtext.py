@@ -121,7 +121,9 @@ def largest(total: Callable[[int], int | None], room: int, first: int) -> int:
     Args:
       total: batch -> bytes of one chip, or None where it does not fit.
       room: bytes of a chip.
-      first: a batch that fits.
+      first: where to begin; about half of what fits.
+
+    Returns 0 where nothing fits.
 
     >>> largest(lambda b: 10 + 7 * b if 10 + 7 * b <= 100 else None, 100, 2)
     12
@@ -131,9 +133,9 @@ def largest(total: Callable[[int], int | None], room: int, first: int) -> int:
     guess = 2 * first
     if low is not None and high is not None:
         guess = max(2 * first, int(2 * first + (room - high) * first / (high - low)))
-    while total(guess) is None:
+    while guess and total(guess) is None:
         guess -= 1
-    while total(guess + 1) is not None:
+    while guess and total(guess + 1) is not None:
         guess += 1
     return guess
 

@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-sys.path[0] = str(Path(__file__).parent.parent.parent)  # jaxllm's; this folder has a maxtext.py of its own
+sys.path.pop(0)  # this folder, which has a maxtext.py of its own
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import jax
 import maxtext

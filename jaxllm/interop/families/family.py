@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxllm.interop.kinds import CHANCE, DEPTH, TOKEN_ID, either, list_of, or_null
 from jaxllm.interop.layout import FLAT, LINEAR, LINEAR_FROM_HEADS, LINEAR_TO_HEADS, SAME, Layout, Row
-from jaxllm.interop.options import Option, always, flag, ignored, number, option
+from jaxllm.interop.options import Option, always, flag, ignored, number, option, size
 
 
 class Family(NamedTuple):
@@ -34,24 +35,25 @@ PLAIN = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "gelu_new": "gelu_tan
 GPT_PLAIN = {"gelu_new": "gelu_tanh"} | PLAIN
 
 COMMON = (
-    option("vocab_size", "vocab_size"),
+    size("vocab_size", "vocab_size"),
     number("initializer_range", "init_std", default=0.02),
     always(is_encoder_decoder=False, add_cross_attention=False, cross_attention_hidden_size=None, tie_encoder_decoder=False),
     always(pruned_heads={}), ignored("is_decoder"),
+    ignored("bos_token_id", "eos_token_id", "pad_token_id", kind=or_null(either(TOKEN_ID, list_of(TOKEN_ID)))),  # hf_text reads them
 )  # fmt: skip
 SIZES = (
     *COMMON,
-    option("num_hidden_layers", "num_layers"),
-    option("hidden_size", "width"),
-    option("num_attention_heads", "num_heads"),
-    option("intermediate_size", "ff_width"),
-    option("max_position_embeddings", "max_length"),
-    number("attention_dropout", "attention_dropout", default=0.0),
+    size("num_hidden_layers", "num_layers", kind=DEPTH),
+    size("hidden_size", "width"),
+    size("num_attention_heads", "num_heads"),
+    size("intermediate_size", "ff_width"),
+    size("max_position_embeddings", "max_length"),
+    number("attention_dropout", "attention_dropout", default=0.0, kind=CHANCE),
 )
 LLAMA_OPTIONS = (
     *SIZES,
     number("rms_norm_eps", "norm_eps", default=1e-6),
-    option("hidden_act", "activation", default=("silu",), spellings=GATED),
+    option("hidden_act", "activation", default="silu", spellings=GATED),
     flag("tie_word_embeddings", "tied_embeddings", default=False),
 )
 ATTENTION_BIAS = flag("attention_bias", "qkv_bias", "attention_out_bias", default=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxllm.config import ModelConfig, RopeConfig
+from jaxllm.config import ConfigError, ModelConfig, RopeConfig
 from jaxllm.interop import options
 from jaxllm.interop.families.family import (
     ATTENTION_BIAS,
@@ -15,20 +15,8 @@ from jaxllm.interop.families.family import (
     Family,
     tensors,
 )  # fmt: skip
-from jaxllm.interop.options import (
-    Option,
-    Reader,
-    Values,
-    always,
-    fixed,
-    flag,
-    grouped_heads,
-    ignored,
-    number,
-    option,
-    rope,
-    typed_layers,
-)  # fmt: skip
+from jaxllm.interop.kinds import OBJECT, POSITIVE, SIZE, Reader, or_null
+from jaxllm.interop.options import Option, Values, always, fixed, flag, grouped_heads, ignored, number, option, rope, typed_layers
 
 
 def _gemma_scale(config: ModelConfig) -> float:
@@ -42,11 +30,11 @@ _GEMMA = (
     fixed(norm_placement="both", norm_plus_one=True),
     grouped_heads(4, 256), ATTENTION_BIAS,
     number("rms_norm_eps", "norm_eps", default=1e-6),
-    option("hidden_activation", "activation", default=("gelu_pytorch_tanh",), spellings=GATED), ignored("hidden_act"),
+    option("hidden_activation", "activation", default="gelu_pytorch_tanh", spellings=GATED), ignored("hidden_act"),
     flag("tie_word_embeddings", "tied_embeddings", default=True),
-    Option(lambda theirs: {"embedding_scale": theirs.take("hidden_size") ** 0.5}, lambda config: {}),
+    Option(lambda theirs: {"embedding_scale": theirs.take("hidden_size", SIZE) ** 0.5}, lambda config: {}),
     Option(
-        lambda theirs: {"attention_scale": theirs.take("query_pre_attn_scalar", 256) ** -0.5},
+        lambda theirs: {"attention_scale": theirs.take("query_pre_attn_scalar", POSITIVE, 256) ** -0.5},
         lambda config: {"query_pre_attn_scalar": _gemma_scale(config)},
     ),
     always(use_bidirectional_attention=False),
@@ -57,8 +45,8 @@ GEMMA2 = Family(
     "gemma2", "Gemma2ForCausalLM", "model.",
     (
         *_GEMMA, rope(), typed_layers(lambda theirs, i: i % 2 == 0), ignored("sliding_window_size"),
-        number("attn_logit_softcapping", "attention_soft_cap", default=50.0),
-        number("final_logit_softcapping", "logit_soft_cap", default=30.0),
+        number("attn_logit_softcapping", "attention_soft_cap", default=50.0, kind=or_null(POSITIVE)),
+        number("final_logit_softcapping", "logit_soft_cap", default=30.0, kind=or_null(POSITIVE)),
     ),
     (*tensors("model.", (*PROJECTIONS, *NORM_BOTH)), HEAD),
 )  # fmt: skip
@@ -66,10 +54,17 @@ GEMMA2 = Family(
 
 def _gemma3_rope(theirs: Reader, kind: str, base_key: str, base: float) -> RopeConfig:
     """RoPE of one kind of layers: nested under its name (transformers 5), or beside `base_key`; only full layers are stretched."""
-    params = dict((theirs.take("rope_parameters", None) or {}).get(kind) or {})
-    separate = theirs.take("rope_scaling", None) if kind == "full_attention" else None
-    params = {"rope_theta": theirs.take(base_key, base)} | params | (separate or {})
-    return options.read_rope(params, max_length=theirs.take("max_position_embeddings"), head_size=theirs.take("head_dim", 256))
+    nested = Reader(
+        theirs.take("rope_parameters", or_null(OBJECT), None) or {}, "rope_parameters.", {"full_attention", "sliding_attention"}
+    )
+    for key in nested.surplus():
+        raise ConfigError(f"'rope_parameters.{key}' is not covered; Gemma 3 has one object for each of {', '.join(sorted(nested.taken))}")
+    params = nested.take(kind, or_null(OBJECT), None) or {}
+    separate = theirs.take("rope_scaling", or_null(OBJECT), None) if kind == "full_attention" else None
+    given = {"rope_theta": theirs.take(base_key, POSITIVE, base)} | params | (separate or {})
+    inner = Reader(given, "rope_scaling." if separate else f"rope_parameters.{kind}.")
+    size = theirs.take("head_dim", SIZE, 256)
+    return options.read_rope(inner, max_length=theirs.take("max_position_embeddings", SIZE), head_size=size)
 
 
 def _write_gemma3_rope(config: ModelConfig) -> Values:
@@ -84,10 +79,10 @@ GEMMA3 = Family(
         *_GEMMA, fixed(qk_norm="head"), ignored("_sliding_window_pattern"),
         Option(lambda theirs: {"rope": _gemma3_rope(theirs, "full_attention", "rope_theta", 1_000_000.0)}, _write_gemma3_rope),
         typed_layers(
-            lambda theirs, i: (i + 1) % theirs.take("sliding_window_pattern", 6) > 0,
+            lambda theirs, i: (i + 1) % theirs.take("sliding_window_pattern", SIZE, 6) > 0,
             lambda theirs: _gemma3_rope(theirs, "sliding_attention", "rope_local_base_freq", 10_000.0),
         ),
-        number("final_logit_softcapping", "logit_soft_cap", default=None),
+        number("final_logit_softcapping", "logit_soft_cap", default=None, kind=or_null(POSITIVE)),
         always(attn_logit_softcapping=None),  # a key that their model does not look at
     ),
     (*tensors("model.", (*PROJECTIONS, *NORM_BOTH, *QK_NORM)), HEAD),

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from jaxllm.interop.families.family import COMMON, GPT_PLAIN, HEAD, Family, linear, norm, tensors
+from jaxllm.interop.kinds import CHANCE, DEPTH, FLAG, SIZE, Reader, or_null
 from jaxllm.interop.layout import CONV_FROM_HEADS, CONV_TO_HEADS, FLAT, SAME, Layout, fused
-from jaxllm.interop.options import Option, Reader, Values, always, equal_heads, fixed, flag, ignored, number, option
+from jaxllm.interop.options import Option, Values, always, equal_heads, fixed, flag, ignored, number, option, size
 
 
 def _gpt_ff_width(theirs: Reader) -> Values:
-    return {"ff_width": theirs.take("n_inner", None) or 4 * theirs.take("n_embd")}
+    return {"ff_width": theirs.take("n_inner", or_null(SIZE), None) or 4 * theirs.take("n_embd", SIZE)}
 
 
 _GPT = (
     *COMMON,
     fixed(norm="layer", norm_bias=True, position="learned", qkv_bias=True, attention_out_bias=True, mlp_bias=True),
-    option("n_layer", "num_layers"), option("n_embd", "width"), option("n_head", "num_heads"), option("n_positions", "max_length"),
+    size("n_layer", "num_layers", kind=DEPTH), size("n_embd", "width"), size("n_head", "num_heads"), size("n_positions", "max_length"),
     equal_heads("n_embd", "n_head"),
     number("layer_norm_epsilon", "norm_eps", default=1e-5),
-    number("embd_pdrop", "embedding_dropout", default=0.1),
-    number("attn_pdrop", "attention_dropout", default=0.1),
-    number("resid_pdrop", "residual_dropout", default=0.1),
+    number("embd_pdrop", "embedding_dropout", default=0.1, kind=CHANCE),
+    number("attn_pdrop", "attention_dropout", default=0.1, kind=CHANCE),
+    number("resid_pdrop", "residual_dropout", default=0.1, kind=CHANCE),
     flag("tie_word_embeddings", "tied_embeddings", default=True),
     ignored("n_ctx"),
 )  # fmt: skip
@@ -42,8 +43,8 @@ GPT1 = Family(
     (
         *_GPT,
         fixed(norm_placement="after_residual", final_norm=False),
-        Option(lambda theirs: {"ff_width": 4 * theirs.take("n_embd")}, lambda config: {}),
-        option("afn", "activation", default=("gelu",), spellings={"gelu": "gelu_tanh"}),  # their "gelu" is the tanh form
+        Option(lambda theirs: {"ff_width": 4 * theirs.take("n_embd", SIZE)}, lambda config: {}),
+        option("afn", "activation", default="gelu", spellings={"gelu": "gelu_tanh"}),  # their "gelu" is the tanh form
         ignored("n_special", "predict_special_tokens"),
     ),
     (
@@ -60,9 +61,9 @@ GPT2 = Family(
     (
         *_GPT,
         Option(_gpt_ff_width, lambda config: {"n_inner": config.ff_width}),
-        option("activation_function", "activation", default=("gelu_new",), spellings=GPT_PLAIN),
+        option("activation_function", "activation", default="gelu_new", spellings=GPT_PLAIN),
         Option(
-            lambda theirs: {"attention_scale": None if theirs.take("scale_attn_weights", True) else 1.0},
+            lambda theirs: {"attention_scale": None if theirs.take("scale_attn_weights", FLAG, True) else 1.0},
             lambda config: {"scale_attn_weights": config.attention_scale != 1.0},
         ),
         always(scale_attn_by_inverse_layer_idx=False), ignored("reorder_and_upcast_attn", "n_special", "predict_special_tokens"),

@@ -18,6 +18,7 @@ from jaxllm.interop.families.family import (
     linear,
     tensors,
 )  # fmt: skip
+from jaxllm.interop.kinds import CHANCE, COUNT
 from jaxllm.interop.layout import LINEAR, LINEAR_TO_HEADS, fused
 from jaxllm.interop.options import always, fixed, flag, grouped_heads, ignored, number, one_window, rope, typed_layers
 
@@ -33,7 +34,7 @@ MISTRAL = Family(
 )  # fmt: skip
 
 
-_QWEN_LAYERS = typed_layers(lambda theirs, i: i >= theirs.take("max_window_layers", 28), switch="use_sliding_window")
+_QWEN_LAYERS = typed_layers(lambda theirs, i: i >= theirs.take("max_window_layers", COUNT, 28), switch="use_sliding_window")
 
 QWEN2 = Family(
     "qwen2", "Qwen2ForCausalLM", "model.",
@@ -60,8 +61,8 @@ PHI3 = Family(
     (
         *LLAMA_OPTIONS, grouped_heads(), one_window(None), always(attention_bias=False),
         number("rms_norm_eps", "norm_eps", default=1e-5),
-        number("embd_pdrop", "embedding_dropout", default=0.0),
-        number("resid_pdrop", "residual_dropout", default=0.0),
+        number("embd_pdrop", "embedding_dropout", default=0.0, kind=CHANCE),
+        number("resid_pdrop", "residual_dropout", default=0.0, kind=CHANCE),
         rope(fraction_key="partial_rotary_factor", scalings=("default",)),  # the others are LongRoPE
         ignored("original_max_position_embeddings"),
     ),

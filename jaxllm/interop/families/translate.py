@@ -14,6 +14,7 @@ from jaxllm.config import ConfigError, ModelConfig, diff, to_dict
 from jaxllm.contract import Params
 from jaxllm.interop import options
 from jaxllm.interop.families.table import FAMILIES, family
+from jaxllm.interop.kinds import TEXT, Reader
 from jaxllm.interop.layout import lazy_rows, lazy_tensors, read_rows, write_rows
 from jaxllm.interop.stored import Lazy, Stored
 
@@ -27,9 +28,9 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     >>> config_from_hf({'model_type': 'gpt2', 'n_layer': 2, 'n_embd': 64, 'n_head': 4, 'n_positions': 32, 'vocab_size': 9}).ff_width
     256
     """
-    if not isinstance(values.get("model_type"), str):
+    if "model_type" not in values:
         raise ConfigError(f"the Hugging Face config has no 'model_type'; families are {', '.join(FAMILIES)}")
-    chosen = family(values["model_type"])
+    chosen = family(Reader(values).take("model_type", TEXT))
     return options.read_options(chosen.options, values, chosen.model_type)
 
 
