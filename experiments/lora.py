@@ -18,7 +18,7 @@ Arms at 24,576 parameters: LoRA r 4 on q and v, prefix of 8 states, adapter laye
     python -m experiments.lora small          90 minutes on two cores; resumes. --list says what is left
     python -m experiments.lora real           20 minutes an arm
     python -m experiments.lora page           docs/results/lora.md again
-    jaxllm plan experiments/lora.py:paper --gpus v100:1x1
+    jaxllm plan experiments/lora.py:paper --gpus a100:1x1
 
 Results: docs/results/lora.md, written by the command itself.
 """

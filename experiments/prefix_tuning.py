@@ -16,7 +16,7 @@ Fine-tuning has a learning-rate search of as many rates.
     jaxllm train configs/base.py
     python -m experiments.prefix_tuning small     90 minutes on two cores; resumes. --list says what is left
     python -m experiments.prefix_tuning real      20 minutes an arm
-    jaxllm plan experiments/prefix_tuning.py:paper --gpus v100:1x1
+    jaxllm plan experiments/prefix_tuning.py:paper --gpus a100:1x1
 
 Results: docs/results/prefix_tuning.md, written by the command itself.
 """

@@ -127,6 +127,12 @@ debug = replace(
     eval_batches=4,
 )
 
+# PaLM's figures are of v4; how many of them trained the 8B model is not published.
+PAPER_HARDWARE = {
+    "paper": ("--topology", "v4:4x8x8"),
+    "paper_540b": ("--topology", "v4:12x16x16", "--slices", "2"),
+}
+
 PRESETS: dict[str, TrainConfig] = {"debug": debug, "small": small, "paper": paper, "paper_540b": paper_540b}
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from jaxllm import platforms
 from jaxllm.config import ConfigError, ModelConfig, TrainConfig, nearest
 from jaxllm.files import cache_home, path_of
 from jaxllm.flags import parse_flags
@@ -276,6 +277,7 @@ def init(words: list[str]) -> int:
 
 def setup_jax() -> None:
     """Settings for JAX, best made before it is imported: a compilation cache that outlives the process, and no chatter."""
+    platforms.apply(os.environ)
     cache = cache_home()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

@@ -13,7 +13,9 @@ weights in memory and has not been timed, so it is left to whoever has a TPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -45,7 +47,7 @@ VARIABLE = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS", "cpu": "XLA_FLAGS"}
 
 
 def environment(platform: str, variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables to set for `platform`, given those that are: a flag that the user has set stays as it is.
+    """The environment variables to set for `platform`, given those that are: the user's words come first, and stay as they are.
 
     >>> environment('cpu', {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'})
     {}
@@ -53,8 +55,10 @@ def environment(platform: str, variables: Mapping[str, str]) -> dict[str, str]:
     >>> environment('gpu', given)['XLA_FLAGS'].split()[:2]
     ['--xla_gpu_enable_latency_hiding_scheduler=false', '--xla_gpu_enable_pipelined_all_gather=true']
     """
-    name = VARIABLE[platform]
+    name = VARIABLE.get(platform, "")
     before = variables.get(name, "").split()
+    if not FLAGS.get(platform) or (before and not before[0].startswith("-")):  # XLA_FLAGS may name a file of flags: the user's alone
+        return {}
     taken = {word.lstrip("-").partition("=")[0] for word in before}
     more = [f"--{flag.name}={flag.value}" for flag in FLAGS[platform] if flag.name not in taken]
     return {name: " ".join([*before, *more])} if more else {}
@@ -73,3 +77,19 @@ def expected(variables: Mapping[str, str], installed: Mapping[str, bool]) -> str
     if asked:
         return {"cuda": "gpu", "rocm": "gpu"}.get(asked, asked)
     return next((platform for platform in ("tpu", "gpu") if installed.get(platform)), "cpu")
+
+
+def installed() -> dict[str, bool]:
+    """For `expected`: whether 'gpu' and 'tpu' have device files here, and a TPU its driver (a virtual machine has /dev/vfio too)."""
+    files = {"gpu": ("nvidia[0-9]*", "kfd"), "tpu": ("accel[0-9]*", "vfio/[0-9]*")}
+    here = {platform: any(any(Path("/dev").glob(pattern)) for pattern in patterns) for platform, patterns in files.items()}
+    return {**here, "tpu": here["tpu"] and importlib.util.find_spec("libtpu") is not None}
+
+
+def apply(variables: MutableMapping[str, str]) -> None:
+    """Put the flags of the platform that JAX will start on into `variables`, usually `os.environ`.
+
+    Called before JAX starts a backend, which reads them once; importing JAX does not start one. Calling it again changes nothing, so
+    a process started from this one has each flag once.
+    """
+    variables.update(environment(expected(variables, installed()), variables))

@@ -139,6 +139,8 @@ def load_text(folder: Path) -> tuple[Tokenizer, str | None, tuple[int, ...]]:
     stop_ids = rundir.read_json(root / "config.json").get("stop_ids")
     if stop_ids is None:
         stop_ids = find_stop_ids(tokenizer, template)
+    elif not isinstance(stop_ids, list) or not all(type(i) is int and i >= 0 for i in stop_ids):
+        raise ConfigError(f"{root / 'config.json'} has stop_ids = {stop_ids!r}; it must be a list of token ids, e.g. [2]")
     return tokenizer, template, tuple(stop_ids)
 
 

@@ -224,7 +224,7 @@ def test_bfloat16_operands_keep_float32_sums():
 def test_a_ring_holds_the_last_tokens_of_each_row(num_slots: int, chunks: list[list[int]]):
     """Rows advance by ragged chunks; afterwards the slots hold exactly each row's last `num_slots` positions."""
     width, seen = 4, np.zeros(2, int)
-    slots = np.zeros((2, num_slots, 1, 1), np.float32)
+    slots = np.zeros((2, 1, num_slots, 1), np.float32)
     held = np.full((2, num_slots), -1)
     for sizes in chunks:
         positions = seen[:, None] + np.arange(width)
@@ -238,4 +238,4 @@ def test_a_ring_holds_the_last_tokens_of_each_row(num_slots: int, chunks: list[l
     for row in range(2):
         last = set(range(max(0, seen[row] - num_slots), seen[row]))
         assert {int(p) for p in held[row] if p >= 0} == last
-        assert all(int(slots[row, p % num_slots, 0, 0]) == p for p in last)
+        assert all(int(slots[row, 0, p % num_slots, 0]) == p for p in last)

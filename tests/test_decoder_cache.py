@@ -68,5 +68,5 @@ def test_cached_decode_equals_the_whole_row(name: str):
 
 def test_a_window_has_a_ring_of_its_own_size():
     cache = decoder(CACHED["mqa, alibi, rings and dense"]).init_cache(2, 8)
-    assert [k.shape for k in cache.keys] == [(2, 2, 3, 1, 4), (1, 2, 8, 1, 4)]
+    assert [k.shape for k in cache.keys] == [(2, 2, 1, 3, 4), (1, 2, 1, 8, 4)]
     assert [v.shape for v in cache.values] == [k.shape for k in cache.keys]

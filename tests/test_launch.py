@@ -91,6 +91,12 @@ REFUSED = [
     (["local", TINY, "--processes", "2"], "give each its own: --gpus 1, or --devices 4"),
     (["local", TINY, "--devices", "2", "--gpus", "1"], "give one of them"),
     (["local", TINY, "--gpus", "1000"], "this machine has"),
+    (
+        ["local", TINY, "--processes", "2", "--devices", "3"],
+        r"2 processes × 3 devices: a batch of 8 rows .* multiple of 6: 6 or 12",
+    ),
+    (["local", TINY, "--processes", "2", "--devices", "4", "--mesh.model", "3"], r"does not multiply to 8 chips; nearest that do: \("),
+    (["local", TINY, "--devices", "4", "--mesh.data", "8", "--dry-run"], r"\(1, 8, 1\) does not multiply to 4"),
     (["local", TINY, "--restarts", "-1"], "--restarts is -1; it must be at least 0"),
     (["local", TINY, "--optim.lr", "-1"], "optim.lr is -1"),
     (["local", TINY, "--env", "WANDB_API_KEY=abc"], "pass it by name: --secret WANDB_API_KEY"),
@@ -117,6 +123,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(expected, error), error
+
+
+def test_one_process_may_leave_devices_out_and_several_may_not():
+    words = ["--devices", "4", "--mesh.data", "2", "--dry-run"]
+    assert main(["local", TINY, *words]) == 0
+    assert main(["local", TINY, *words, "--processes", "2"]) == 2
 
 
 def test_a_secret_given_by_value_is_refused_and_not_repeated(capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import fields, replace
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from jaxllm import chips, pretrain, sharding
 from jaxllm.chips import GIB
 from jaxllm.config import ConfigError, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxllm.plan import arithmetic, gpus, links, search, show
+from jaxllm.plan import arithmetic, command, gpus, links, search, show
 from jaxllm.plan.arithmetic import Buffer
+from jaxllm.plan.child import CompilerFailed, OutOfMemory
 from jaxllm.plan.links import Collective
 from jaxllm.plan.result import Plan, what_would_fit
 from jaxllm.plan.roofline import roofline
@@ -56,6 +58,15 @@ def test_an_all_gather_of_known_size_on_a_ring():
     assert cost(Collective("all-to-all", ("model",), 9e9)) == pytest.approx({"links model": 4 * 9e9 / (8 * 45e9)})
     line = links.torus(V4, (2, 2, 4), (False,) * 3, {"data": 4, "model": 4})
     assert line(Collective("all-gather", ("data",), 8e9)) == pytest.approx({"links data": 3 / 4 * 8e9 / 45e9}), "no ring: one way"
+
+
+def test_a_stage_of_a_sum_uses_the_links_of_one_dimension():
+    """Scattered over rows of a 4 x 4 torus and then over columns: 3/4 of all, then 3/4 of a quarter, on two links of the four."""
+    mesh = {"slice": 1, "data": 16, "model": 4}
+    cost = links.torus(V4, (4, 4, 4), (True,) * 3, mesh)
+    stages = [Collective("reduce-scatter", ("data",), 8e9, group=4), Collective("reduce-scatter", ("data",), 2e9, group=4)]
+    assert sum(cost(c)["links data"] for c in stages) == pytest.approx(15 / 16 * 8e9 / (2 * 45e9))
+    assert sum(c.moved_bytes(arithmetic.group_size(c, mesh)) for c in stages) == pytest.approx(15 / 16 * 8e9)
 
 
 def test_what_crosses_slices_is_one_shard():
@@ -238,6 +249,11 @@ def test_gpus_that_are_none_are_refused(text, message):
         gpus.parse(text)
 
 
+def test_slices_are_for_tpus():
+    with pytest.raises(ConfigError, match=r"--slices 2 are TPU slices; --gpus h100:8x2 counts hosts"):
+        command.Options(gpus="h100:8x2", slices=2).machine()
+
+
 @pytest.mark.parametrize("sizes", [(1, 3, 4), (1, -1, 3), (3, -1, 1)])
 def test_a_mesh_that_does_not_fill_the_chips_is_refused_with_the_nearest_that_do(sizes):
     with pytest.raises(ConfigError, match=r"does not multiply to 16 chips; nearest that do: \(") as error:
@@ -313,6 +329,30 @@ def test_a_candidate_that_is_refused_is_left_out_with_its_reason():
     estimate = lambda config: search.Estimate(GIB, 1.0)
     plans = search.search((replace(CONFIG, remat=r) for r in ("none", "full")), estimate, evaluate, 80 * GIB, say=said.append)
     assert len(plans) == 1 and any("left out: does not lie on this torus" in line for line in said)
+
+
+def test_a_search_whose_every_candidate_is_refused_says_so():
+    def evaluate(config: TrainConfig) -> Plan:
+        raise ConfigError("does not lie on this torus")
+
+    estimate = lambda config: search.Estimate(GIB, 1.0)
+    with pytest.raises(ConfigError, match="none of the 1 most promising configurations compiled"):
+        search.search(iter([CONFIG]), estimate, evaluate, 80 * GIB)
+
+
+@pytest.mark.parametrize("failure", [OutOfMemory("Used 20G of 15.75G hbm"), CompilerFailed("INTERNAL: no")])
+def test_a_step_that_does_not_compile_is_one_line_and_status_1(failure, capsys, monkeypatch):
+    def refuse(*args: object, **options: object) -> Plan:
+        raise failure
+
+    monkeypatch.setattr(command.tpu, "plan", refuse)
+    assert command.run(command.Options(topology="v5e:4x4"), CONFIG, experiment, "", "tiny", out := io.StringIO()) == 1
+    if isinstance(failure, OutOfMemory):
+        assert out.getvalue().startswith(
+            "does not fit: Used 20G of 15.75G hbm; what makes room: --optim.num_microbatches 2, --mesh.model 2"
+        )
+    else:
+        assert capsys.readouterr().err == "INTERNAL: no; another mesh may compile: --search tries them\n"
 
 
 def test_the_usual_estimate_agrees_with_the_plan_and_prefers_less_recomputation():

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("libtpu", reason="libtpu is the extra `plan`")
 
+from jaxllm import cli
 from jaxllm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxllm.plan.child import ENVIRONMENT, OutOfMemory, Request, compile_step
 from jaxllm.plan.collectives import SLOW_AXIS
 from jaxllm.plan.compiled import Compiled
 from jaxllm.plan.topology import parse
 from tests.plan_programs import INNER, LAYERS, ROWS, WIDTH
+from tools import plans
 
 MODEL = ModelConfig(num_layers=4, width=256, num_heads=2, num_kv_heads=2, head_size=128, ff_width=512, vocab_size=512, max_length=2048)
 DATA = DataConfig(sequence_length=2048, batch_size=32, segment_mask=False)
@@ -111,6 +115,52 @@ def test_a_model_that_cannot_fit_says_so():
     config = TrainConfig(model=large, data=replace(DATA, batch_size=8), mesh=MeshConfig(data=1))
     with pytest.raises(OutOfMemory, match=r"exceeds|exhausted|memory"):
         compile_step(request(config, "v5e-1"))
+
+
+def test_a_search_compiles_ranks_and_leaves_out_what_does_not_compile(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The command, on 16 chips: 2 heads let `model` be 1 or 2."""
+    config = tmp_path / "configs" / "small.py"
+    config.parent.mkdir()
+    config.write_text(f"from jaxllm.config import *\nconfig = {TrainConfig(model=MODEL, data=replace(DATA, batch_size=64))!r}\n")
+    out = tmp_path / "plan.json"
+    assert cli.main(["plan", str(config), "--topology", "v5e:4x4", "--search", "--plans", "3", "--json", str(out)]) == 0
+    printed = capsys.readouterr()
+    ranked = json.loads(out.read_text())
+    assert len(ranked) + printed.err.count("left out") == 3 and all(plan["fits"] for plan in ranked)
+    assert len({plan["flags"] for plan in ranked}) == len(ranked) >= 2 and {
+        plan["mesh"]["data"] * plan["mesh"]["model"] for plan in ranked
+    } == {16}
+    seconds = [
+        next(f["value"] for f in p["sections"]["time of a step, at least"] if f["name"] == "a step, all overlapping") for p in ranked
+    ]
+    assert seconds == sorted(seconds)
+    first = printed.out.splitlines()[1]
+    assert first.startswith("yes") and first.endswith(ranked[0]["flags"])
+
+
+def test_a_step_too_large_for_the_chip_is_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = tmp_path / "configs" / "large.py"
+    config.parent.mkdir()
+    large = replace(MODEL, width=8192, ff_width=32768, num_heads=64, num_kv_heads=64)
+    config.write_text(f"from jaxllm.config import *\nconfig = {TrainConfig(model=large, data=replace(DATA, batch_size=8))!r}\n")
+    assert cli.main(["plan", str(config), "--topology", "v5e-1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and re.fullmatch(r"does not fit: .*(?i:hbm).*; what makes room: .*more chips.*", lines[0])
+
+
+def test_the_smallest_paper_preset_plans_on_the_machine_of_its_paper():
+    """`make plans` is all of them."""
+    known = [paper for paper in plans.papers() if "--topology" in paper.machine]
+    if not known:
+        pytest.skip("no experiment names a TPU for a paper preset")
+    row = plans.plan(min(known, key=size))
+    assert row.ok and row.plan["fits"], row.message
+
+
+def size(paper: plans.Paper) -> int:
+    """Parameters of the preset's model, about."""
+    model = cli.load_target(paper.target)[0].model
+    return model.num_layers * model.width * (4 * model.num_heads * model.head_size + 3 * model.ff_width) + model.vocab_size * model.width
 
 
 def test_compile_time_does_not_grow_with_the_number_of_layers():

@@ -168,7 +168,7 @@ def test_splash_attention_counts_the_blocks_that_its_mask_shows():
 
 
 def test_a_formula_sees_constants_wherever_they_are_written():
-    """At the top, handed down through a loop; and in the body of a backward pass, which brings its own."""
+    """At the top, handed down through a loop; in the body of a backward pass, which brings its own; as the result of a call."""
     table = np.arange(4.0, dtype=np.float32)
     found: list[object] = []
 
@@ -182,6 +182,9 @@ def test_a_formula_sees_constants_wherever_they_are_written():
     assert count(jax.jit(backward).trace(array(4)).jaxpr, kernels=kernel).kernel_flops == 3
     forward = lambda x: jax.lax.scan(lambda x, _: (jnp.arctan2(x, table), None), x, None, length=5)[0]
     assert count(jax.jit(forward).trace(array(4)).jaxpr, kernels=kernel).kernel_flops == 5
+    handed = lambda x: forward_with(x, jax.lax.optimization_barrier(jax.jit(lambda: jnp.asarray(table))()))  # as MaxText hands its masks
+    forward_with = lambda x, table: jax.lax.scan(lambda x, _: (jnp.arctan2(x, table), None), x, None, length=7)[0]
+    assert count(jax.jit(handed).trace(array(4)).jaxpr, kernels=kernel).kernel_flops == 7
     assert found and all(np.array_equal(seen, table) for seen in found)
 
 

@@ -220,10 +220,10 @@ def test_no_key_is_used_twice() -> None:
         note(key)
         return obs
 
-    def forward(params: Params, batch: Batch, key: jax.Array | None) -> Obs:
+    def forward(params: Params, batch: Batch, key: jax.Array | None, step: jax.Array) -> Obs:
         assert key is not None
         note(key)
-        return observe(STUDENT_LM)(params, batch, None)
+        return observe(STUDENT_LM)(params, batch, None, step)
 
     config = replace(CONFIG, model=replace(MODEL, residual_dropout=0.1), optim=replace(SGD, num_microbatches=2))
     for parts, micro in ((2, 2), (1, 1)):

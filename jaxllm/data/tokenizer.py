@@ -83,10 +83,13 @@ def load(path: str | Path) -> Tokenizer:
         return SentencePiece(file.read_bytes(), str(file))
     extra = file.parent / "tokenizer_config.json"
     template = file.parent / "chat_template.jinja"
-    config = json.loads(extra.read_text()) if extra.exists() else {}
-    if template.exists():
-        config["chat_template"] = template.read_text()
-    return HuggingFace(file.read_text(), config, str(file))
+    try:
+        config = json.loads(extra.read_text()) if extra.exists() else {}
+        if template.exists():
+            config["chat_template"] = template.read_text()
+        return HuggingFace(file.read_text(), config, str(file))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"a file of the tokenizer in {file.parent} is not UTF-8 text ({error}); bring it anew") from None
 
 
 def from_config(config: TokenizerConfig) -> Tokenizer | None:
@@ -261,6 +264,8 @@ class HuggingFace:
         named = self._config.get(role)
         if isinstance(named, dict):
             named = named.get("content")
+        if not isinstance(named, str | None):
+            raise ConfigError(f"the tokenizer's {role} is {named!r}; it must be a token's text")
         names = (named,) if named else usual
         return next((id for name in names if (id := self._plain.token_to_id(name)) is not None), None)
 

@@ -131,7 +131,7 @@ def attend_dense(
     total = jnp.where(seen, total, 1.0)
     lse = jnp.where(seen, jnp.log(total) + jnp.where(seen, top, 0.0), -jnp.inf)
     weights = dropout(weights / total, dropout_rate, key)
-    out = einsum("BKGTS,BSKH->BTKGH", operand(weights), operand(v))
+    out = einsum("BKGTS,BSKH->BKGTH", operand(weights), operand(v)).transpose(0, 3, 1, 2, 4)  # else XLA:CPU transposes v, not this
     lse = lse[..., 0].transpose(0, 3, 1, 2).reshape(batch, length, num_heads)
     return out.reshape(q.shape).astype(q.dtype), lse
 
@@ -286,22 +286,24 @@ def alibi_columns(
 class Cache:
     """Keys and values of the past. One array per entry of the layer pattern, since a window needs fewer slots.
 
+    Heads before slots: each head's keys are one matrix in memory, which a product reads as it lies. XLA:CPU copies any other layout.
+
     A window of w keeps a ring of w slots: position p lies in slot p mod w.
     """
 
-    keys: tuple[Float[Array, "_ B _ K H"], ...]
+    keys: tuple[Float[Array, "_ B K _ H"], ...]
     """After the rotary embedding."""
-    values: tuple[Float[Array, "_ B _ K H"], ...]
+    values: tuple[Float[Array, "_ B K _ H"], ...]
     positions: tuple[Int[Array, "B _"], ...]
     """Position held by each slot; −1 is empty."""
     empty: bool = True
     """Known when tracing: the first call has no past to attend to."""
 
 
-def write_slots(slots: Float[Array, "B S K H"], new: Float[Array, "B T K H"], index: Int[Array, "B T"]) -> Float[Array, "B S K H"]:
+def write_slots(slots: Float[Array, "B K S H"], new: Float[Array, "B T K H"], index: Int[Array, "B T"]) -> Float[Array, "B K S H"]:
     """`slots` with row b's new entries at `index[b]`; an index beyond the last slot writes nothing."""
     rows = jnp.arange(slots.shape[0])[:, None]
-    return slots.at[rows, index].set(new.astype(slots.dtype), mode="drop")
+    return slots.at[rows, :, index].set(new.astype(slots.dtype), mode="drop")
 
 
 def slot_index(positions: Int[Array, "B T"], valid: Bool[Array, "B T"], num_slots: int) -> Int[Array, "B T"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ class Context:
     sight: Sight
     rope: tuple[Array, Array] | None = None
     prefix: tuple[Float[Array, "#B P K H"], Float[Array, "#B P K H"]] | None = None
-    past: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None = None
+    past: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None = None
     slots: Int[Array, "B T"] | None = None
     """Where the new keys go in `past`."""
     positions: tuple[Int[Array, "B S"], Int[Array, "B S"]] | None = None
@@ -126,9 +126,9 @@ class Attention(nn.Module):
             kept = jax.lax.optimization_barrier(kept)  # else XLA:CPU writes again inside what reads, and copies the cache to do both
             past_sight = replace(ctx.sight, q_segments=None, k_segments=None, prefix_mask=None)
             if q.shape[1] == 1:  # one token: its own key is already in the slots, and a ring holds exactly its window
-                part = self.attend(q, kept[0], kept[1], replace(past_sight, k_positions=after), ctx.key)
+                part = self.attend(q, *_slots_first(kept), replace(past_sight, k_positions=after), ctx.key)
             elif not ctx.first_call:
-                part = self.attend(q, *ctx.past, replace(past_sight, k_positions=before), ctx.key)
+                part = self.attend(q, *_slots_first(ctx.past), replace(past_sight, k_positions=before), ctx.key)
         if ctx.past is None or q.shape[1] > 1:
             own = self.attend(q, k, v, replace(ctx.sight, q_positions=None), ctx.key, pieces)
             part = own if part is None else merge(part, own)
@@ -137,6 +137,12 @@ class Attention(nn.Module):
             pk, pv = (jnp.broadcast_to(a, (q.shape[0], *a.shape[1:])).astype(q.dtype) for a in ctx.prefix)
             part = merge(part, self.attend(q, pk, pv, ctx.prefix_sight or Sight(causal=False), ctx.key))
         return part[0], kept
+
+
+def _slots_first(cached: Sequence[Float[Array, "B K S H"]]) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """As attention takes them; the product that reads them takes the axes as they lie."""
+    keys, values = (jnp.swapaxes(part, 1, 2) for part in cached)
+    return keys, values
 
 
 class Block(nn.Module):

@@ -186,12 +186,12 @@ def _grown(old: Any, empty: Any, start: Int[Array, " B"]) -> Any:
 
 def lay_out(cache: Any) -> Any:
     """The cache over the mesh: rows over the data axes, heads over `model`."""
-    return jax.tree.map(lambda leaf: constrain(leaf, "L B S K ." if leaf.ndim == 5 else "B S"), cache)
+    return jax.tree.map(lambda leaf: constrain(leaf, "L B K S ." if leaf.ndim == 5 else "B S"), cache)
 
 
 def take_rows(cache: Any, rows: Int[Array, " B"]) -> Any:
     """The cache with row b a copy of its row rows[b]."""
-    return lay_out(jax.tree.map(lambda leaf: leaf[:, rows] if leaf.ndim == 5 else leaf[rows], cache))  # [L B S K H], positions [B S]
+    return lay_out(jax.tree.map(lambda leaf: leaf[:, rows] if leaf.ndim == 5 else leaf[rows], cache))  # [L B K S H], positions [B S]
 
 
 def bucket(length: int, limit: int | None = None) -> int:

@@ -151,7 +151,7 @@ def decoder(
         sizes = [min(kind.window or max_length, max_length) for kind in pattern]
         depth = [len(range(j, config.num_layers, len(pattern))) for j in range(len(pattern))]
         zeros = tuple(
-            jnp.zeros((n, batch_size, s, config.num_kv_heads, config.head_size), activation) for n, s in zip(depth, sizes, strict=True)
+            jnp.zeros((n, batch_size, config.num_kv_heads, s, config.head_size), activation) for n, s in zip(depth, sizes, strict=True)
         )
         return Cache(zeros, zeros, tuple(jnp.full((batch_size, s), -1, jnp.int32) for s in sizes))
 

@@ -217,7 +217,7 @@ def collectives(config: TrainConfig, mesh: Mapping[str, int], precision: str, nu
 
 def group_size(collective: Collective, mesh: Mapping[str, int]) -> int:
     """Members of one group."""
-    return math.prod(mesh[axis] for axis in collective.axes)
+    return collective.group or math.prod(mesh[axis] for axis in collective.axes)
 
 
 # --------------------------------------------------------------------------------------------- work

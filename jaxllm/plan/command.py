@@ -17,8 +17,9 @@ from jaxllm import chips
 from jaxllm.config import ConfigError, DataConfig, ModelConfig, TrainConfig, nearest
 from jaxllm.files import write_atomic
 from jaxllm.plan import gpus, links, search, show, topology, tpu
+from jaxllm.plan.child import CompilerFailed, OutOfMemory
 from jaxllm.plan.gpus import Cluster
-from jaxllm.plan.result import Plan
+from jaxllm.plan.result import Plan, what_makes_room
 from jaxllm.plan.topology import Topology
 
 type Build = Callable[..., Any]
@@ -34,6 +35,7 @@ fields are flags here too. A TPU slice needs libtpu's compiler, which runs anywh
   --gpus h100:8x16         16 hosts of 8; by arithmetic
   --tokens 780e9           length of the run, for days and chip hours; default: the target's num_steps
   --search                 try meshes, remat policies and micro-batches, and rank those that fit
+  --code False             stop before code is generated: all but its size, several times sooner (a search always does)
   --json FILE              write the plan, every figure with its unit and how it was had"""
 
 
@@ -53,6 +55,8 @@ class Options:
     """Try meshes, remat policies and micro-batches."""
     plans: int = 8
     """How many configurations a search plans in full."""
+    code: bool = True
+    """Whether to generate code: False leaves out nothing but its size, and takes a part of the time."""
     json: str = ""
     """A file for the plan."""
 
@@ -66,6 +70,8 @@ class Options:
         """The machine that is asked for."""
         if bool(self.topology) == bool(self.gpus):
             raise ConfigError("give one machine: --topology v5e:16x16 for a TPU slice, or --gpus h100:8x16")
+        if self.gpus and self.slices != 1:
+            raise ConfigError(f"--slices {self.slices} are TPU slices; --gpus {self.gpus} counts hosts: --gpus CHIP:PER_HOSTxHOSTS")
         return topology.parse(self.topology, self.slices) if self.topology else gpus.parse(self.gpus)
 
 
@@ -96,16 +102,17 @@ def for_model(name: str, model: ModelConfig, num_chips: int) -> TrainConfig:
     return TrainConfig(name=name, model=model, data=DataConfig(sequence_length=length, batch_size=num_chips))
 
 
-def run(options: Options, config: TrainConfig, build: Build, build_name: str, target: str, out: TextIO = sys.stdout) -> int:
-    """Plan, print, and write; returns 0, or 1 where nothing fits.
+def run(options: Options, config: TrainConfig, build: Build, build_name: str, target: str, out: TextIO | None = None) -> int:
+    """Plan, print, and write; returns 0, or 1 where nothing fits or the compiler fails.
 
     Args:
       build_name: `MODULE:NAME` or `FILE.py:NAME` of `build`, for the compiler's own process.
+      out: None means standard output.
 
     Raises:
       ConfigError: a machine that does not exist, a mesh that does not fill it, or what `train` would refuse.
     """
-    machine = options.machine()
+    machine, out = options.machine(), out or sys.stdout
     precision = "bfloat16" if config.precision == "auto" else config.precision
     if isinstance(machine, Topology) and config.mesh.slice == 1:
         config = replace(config, mesh=replace(config.mesh, slice=machine.num_slices))
@@ -117,13 +124,22 @@ def run(options: Options, config: TrainConfig, build: Build, build_name: str, ta
     def evaluate(config: TrainConfig) -> Plan:
         if isinstance(machine, Cluster):
             return gpus.plan(build(config, precision=precision), machine, precision, target)
-        return tpu.plan(config, build_name, machine, precision, target, progress(sys.stderr))
+        # A search compares memory, work and traffic; the code of each candidate would take most of its time.
+        code = options.code and not options.search
+        return tpu.plan(config, build_name, machine, precision, target, progress(sys.stderr), generate_code=code)
 
-    if options.search:
-        plans = _search(config, build, precision, machine, evaluate, options.plans, say)
-        print(f"{show.ranking(plans)}\n", file=out)
-    else:
-        plans = [evaluate(config)]
+    try:
+        if options.search:
+            plans = _search(config, build, precision, machine, evaluate, options.plans, say)
+            print(f"{show.ranking(plans)}\n", file=out)
+        else:
+            plans = [evaluate(config)]
+    except OutOfMemory as error:
+        print(f"does not fit: {error}; what makes room: {what_makes_room(config)}", file=out)
+        return 1
+    except CompilerFailed as error:
+        say(f"{error}; another mesh may compile: --search tries them")
+        return 1
     print(show.table(plans[0]), file=out)
     if options.json:
         found = [show.to_json(plan) for plan in plans]
@@ -150,9 +166,15 @@ def _search(
             return links.switch(chip, mesh, machine.gpus_per_host)
         return links.torus(chip, machine.shape, machine.wraps, mesh)
 
+    def compiled(config: TrainConfig) -> Plan:
+        try:
+            return evaluate(config)
+        except CompilerFailed as error:
+            raise ConfigError(str(error)) from error
+
     estimate = search.estimator(gpus.state_of(whole), whole.num_params, precision, chip, links_of)
     margin = 1.0 if isinstance(machine, Cluster) else 1.5
-    return search.search(iter(found), estimate, evaluate, chip.memory_bytes, margin=margin, max_plans=max_plans, say=say)
+    return search.search(iter(found), estimate, compiled, chip.memory_bytes, margin=margin, max_plans=max_plans, say=say)
 
 
 def progress(out: TextIO) -> Callable[[str, float], None]:

@@ -37,6 +37,8 @@ class Collective:
     count: float = 1
     what: str = ""
     """What is exchanged, for people."""
+    group: int = 0
+    """Members of a group that lies on a part of its axes (one stage of several); 0: on all of them."""
 
     def __post_init__(self) -> None:
         assert self.kind in KINDS, self.kind
@@ -54,7 +56,8 @@ def _share(kind: str, size: int) -> float:
 def of_compiled(found: collectives.Collective) -> Collective:
     """A collective that was read off a compiled program."""
     kind = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}.get(found.kind, found.kind)
-    return Collective(kind, found.axes, max(found.operand_bytes, found.result_bytes), found.times, found.op_name)
+    group = 0 if kind == "collective-permute" else found.group_size
+    return Collective(kind, found.axes, max(found.operand_bytes, found.result_bytes), found.times, found.op_name, group)
 
 
 type Links = Callable[[Collective], dict[str, float]]
@@ -76,6 +79,9 @@ def torus(chip: Chip, shape: Sequence[int], wraps: Sequence[bool], mesh: Mapping
         here = [axis for axis in collective.axes if axis in inside and inside[axis] > 1]
         dims = [piece for axis in here for piece in lies[axis]]
         inner, outer = math.prod(mesh[axis] for axis in here), mesh.get(slice_axis, 1) if slice_axis in collective.axes else 1
+        if outer == 1 and 1 < collective.group < inner:  # one stage of several, along the dimensions that it fills
+            inner = collective.group
+            dims = _subset(dims, inner) or sorted(dims)[-1:]
         out = {}
         if inner > 1:
             out[f"links {'+'.join(here)}"] = collective.count * _on_torus(collective, inner, dims, chip.link_bytes_per_second)

@@ -81,3 +81,14 @@ def what_would_fit(plan: Plan) -> str:
         f"does not fit: {plan.memory_bytes / GIB:.1f} GiB of {plan.chip.memory_bytes / GIB:.0f} GiB per chip, "
         f"{over:.1f} GiB too much; what makes room: {', '.join(names)}"
     )
+
+
+def what_makes_room(config: TrainConfig) -> str:
+    """What to try where a step does not even compile into a chip's memory, so that nothing is known of its parts.
+
+    >>> what_makes_room(TrainConfig(remat='dots'))
+    '--remat full, --optim.num_microbatches 2, --mesh.model 2, more chips, --optim.moment_dtype bfloat16'
+    """
+    ways = ["--remat full"] if config.remat != "full" else []
+    ways += [f"--optim.num_microbatches {2 * config.optim.num_microbatches}", f"--mesh.model {2 * config.mesh.model}", "more chips"]
+    return ", ".join(ways + (["--optim.moment_dtype bfloat16"] if config.optim.moment_dtype == "float32" else []))

@@ -101,7 +101,7 @@ def search(
       max_plans: how many to compile, three quarters of them estimated to fit.
 
     Raises:
-      ConfigError: nothing comes near to fitting; says what comes nearest.
+      ConfigError: nothing comes near to fitting (says what comes nearest), or `evaluate` took none of them.
     """
     every = [(estimate(config), config) for config in found]
     if not every:
@@ -124,6 +124,8 @@ def search(
             plans.append(evaluate(config))
         except ConfigError as error:
             say(f"      left out: {error}")
+    if not plans:
+        raise ConfigError(f"none of the {len(chosen)} most promising configurations compiled, each for the reason above; try more: --plans")
     return rank(plans)
 
 

@@ -24,6 +24,8 @@ def plan(
     precision: str,
     target: str = "",
     progress: Callable[[str, float], None] = lambda stage, seconds: None,
+    *,
+    generate_code: bool = True,
 ) -> Plan:
     """What one step of a configuration takes on TPU slices.
 
@@ -31,12 +33,13 @@ def plan(
       build: `MODULE:NAME` or `FILE.py:NAME` of (config, precision=…) -> Experiment.
       target: what is planned, for the title.
       progress: called every second with what the compiler is at and the seconds since its start.
+      generate_code: False stops when memory is assigned; nothing but the size of the code is missing.
 
     Raises:
       ConfigError: what `train` would refuse, no libtpu, or a slice that it does not know.
       OutOfMemory: too large for the compiler itself.
     """
-    found = compile_step(Request(build, config, precision, machine), progress)
+    found = compile_step(Request(build, config, precision, machine, generate_code), progress)
     chip, mesh = chips.find(machine.chip), dict(found.mesh)
     collectives = [links.of_compiled(c) for c in found.collectives]
     tokens = config.data.batch_size * config.data.sequence_length
@@ -70,7 +73,12 @@ def plan(
         collectives=collectives,
         collectives_how="compiled",
         roofline=line,
-        notes=(f"compiled in {seconds:.0f} s by {versions}", *found.notes, *found.work.notes, *unknown),
+        notes=(
+            f"compiled in {seconds:.0f} s by {versions}{'' if generate_code else ', without its code'}",
+            *found.notes,
+            *found.work.notes,
+            *unknown,
+        ),
     )
 
 

@@ -146,13 +146,14 @@ def _walk(jaxpr: Jaxpr, flags: Sequence[bool], where: _Where, constants: Mapping
     total = Work()
     ops: list[traffic.Op] = []
 
-    def run(jaxpr: Jaxpr, arguments: Sequence[Value | None], where: _Where) -> list[Value | None]:
+    def run(closed: Jaxpr, arguments: Sequence[Value | None], where: _Where) -> list[Value | None]:
         """Go through the equations, calls inlined; the values of the results."""
         nonlocal total
+        jaxpr = _open(closed)
         values: dict[Any, Value | None] = dict(zip(jaxpr.invars, arguments, strict=True))
-        written = dict(constants or {}) | dict(zip(jaxpr.constvars, getattr(jaxpr, "consts", ()), strict=False))
+        written = dict(constants or {}) | dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=False))
         values.update((var, _value(var, constant=written.get(var))) for var in jaxpr.constvars)
-        look = lambda atom: None if isinstance(atom, Literal) else values[atom]
+        look = lambda atom: _literal(atom) if isinstance(atom, Literal) else values[atom]
         for equation in jaxpr.eqns:
             reads = [look(atom) for atom in equation.invars]
             known = [None if value is None else value.constant for value in reads]
@@ -165,7 +166,8 @@ def _walk(jaxpr: Jaxpr, flags: Sequence[bool], where: _Where, constants: Mapping
             is_kernel = here.is_kernel and equation.primitive.name in traffic.LOOPS
             if is_kernel:
                 work = replace(work, hbm_bytes=0.0)
-            makes = [_value(var, flag) for var, flag in zip(equation.outvars, depends, strict=True)]
+            same = known if equation.primitive.name in _SAME else [None] * len(depends)
+            makes = [_value(var, flag, constant) for var, flag, constant in zip(equation.outvars, depends, same, strict=True)]
             values.update(zip(equation.outvars, makes, strict=True))
             ops.append(traffic.Op(equation, reads, makes, is_kernel))
             total = total + work
@@ -184,6 +186,11 @@ def _value(var: Any, from_batch: bool = False, constant: Any = None) -> Value:
     return Value(math.prod(_sizes(shape)) * getattr(dtype, "itemsize", 0), from_batch, constant)
 
 
+def _literal(atom: Any) -> Value | None:
+    """An array that is written into an equation; a number is no array."""
+    return _value(atom, constant=atom.val) if getattr(atom.aval, "shape", ()) else None
+
+
 def _sizes(shape: Sequence[Any]) -> Iterator[int]:
     """Dimensions as numbers; one that is only known when running counts 1."""
     return (size if isinstance(size, int) else 1 for size in shape)
@@ -193,6 +200,9 @@ def _open(jaxpr: Jaxpr) -> Jaxpr:
     """Without its constants, if it is closed."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
+
+_SAME = frozenset({"sharding_constraint", "layout_constraint", "reshard", "copy", "optimization_barrier"})
+"""Primitives whose results are their operands, one by one: a constant stays one."""
 
 _CALLS = frozenset({
     "jit", "pjit", "closed_call", "core_call", "call", "xla_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
@@ -205,8 +215,8 @@ def _inlined(equation: Equation) -> Jaxpr | None:
     if equation.primitive.name not in _CALLS:
         return None
     found = (equation.params.get(key) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"))
-    body = next((_open(value) for value in found if value is not None), None)
-    return body if body is not None and len(body.invars) == len(equation.invars) else None
+    body = next((value for value in found if value is not None), None)
+    return body if body is not None and len(_open(body).invars) == len(equation.invars) else None
 
 
 def _equation(equation: Equation, flags: list[bool], where: _Where) -> tuple[Work, list[bool]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jaxllm import cli, rundir
 from jaxllm import config as configs
-from jaxllm.config import ConfigError
+from jaxllm.config import ConfigError, TrainConfig
 from jaxllm.flags import parse_flags
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -69,6 +69,8 @@ class Job:
     run_dir: str
     name: str
     """jaxllm-<config name>-<hash>: letters, digits and dashes."""
+    config: TrainConfig
+    """The configuration with the flags applied."""
 
     def command(self, python: str) -> list[str]:
         """What every worker runs."""
@@ -84,7 +86,7 @@ def check(target: str, flags: Sequence[str]) -> Job:
     config, _ = cli.load_target(target)
     config = parse_flags(config, flags, f"jaxllm train {target}")
     name = re.sub(r"[^a-z0-9]+", "-", f"jaxllm-{config.name}".lower())[:40].strip("-")
-    return Job(target, tuple(flags), config.run_dir or str(rundir.locate(config)), f"{name}-{configs.config_hash(config)}")
+    return Job(target, tuple(flags), config.run_dir or str(rundir.locate(config)), f"{name}-{configs.config_hash(config)}", config)
 
 
 def check_counts(options: object, **least: int) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 import shlex
 import socket
 from dataclasses import dataclass
+from typing import Any
 
-from jaxllm.config import ConfigError
+from jaxllm.config import ConfigError, TrainConfig
 from tools.launch.job import Job, Options, check_counts, here, need_secrets
 from tools.launch.workers import Say, Team, Worker, repeat
 
@@ -45,6 +47,7 @@ class Local(Options):
 def run(options: Local, job: Job, say: Say) -> int:
     """Start the processes, and again as often as `options.restarts` allows; the exit status."""
     need_secrets(options.secret)
+    check_divides(options, job.config)
     python, folder = here(options)
     command = job.command(python)
     if options.dry_run:
@@ -64,6 +67,33 @@ def run(options: Local, job: Job, say: Say) -> int:
         return team.run()
 
     return repeat(start, options.restarts, say)
+
+
+def check_divides(options: Local, config: TrainConfig) -> None:
+    """Refuse a mesh or a batch that these processes' devices cannot hold, before any of them is started.
+
+    Updates that an experiment makes of one batch are known only to it, and are checked when it starts.
+
+    Raises:
+      ConfigError: what every process would say once it is up.
+    """
+    num_devices = options.processes * (options.devices or options.gpus)
+    if not num_devices:  # whatever accelerators there are, which only JAX can count
+        return
+    from jax.sharding import AbstractMesh, AxisType
+
+    from jaxllm import sharding
+    from jaxllm.plan.gpus import mesh_sizes
+
+    sizes = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
+    whole = -1 in sizes.values() or options.processes > 1  # one process may leave devices out
+    if whole or math.prod(sizes.values()) > num_devices:
+        sizes = mesh_sizes(config.mesh, num_devices)
+    mesh: Any = AbstractMesh(tuple(sizes.values()), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    try:
+        sharding.check_fit(config.model, config.data, config.optim, mesh)
+    except ConfigError as error:
+        raise ConfigError(f"{options.processes} processes × {options.devices or options.gpus} devices: {error}") from error
 
 
 def environments(options: Local) -> list[dict[str, str]]:
