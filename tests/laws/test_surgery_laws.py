@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -15,12 +16,13 @@ import pytest
 
 from jaxllm import checkpoint_slices, sharding, tree
 from jaxllm.checkpoint import load_params
-from jaxllm.config import MeshConfig, ModelConfig
+from jaxllm.config import BitnetConfig, BottleneckConfig, LoraConfig, MeshConfig, ModelConfig, PrefixConfig, TrainConfig
 from jaxllm.contract import LM, Params
 from jaxllm.interop.families import params_from_hf, params_to_hf
 from jaxllm.models.transformer import decoder
+from jaxllm.pretrain import ADDED, language_model
 from jaxllm.pretrained import ONE_DEVICE, chunks_on
-from jaxllm.surgery import resize
+from jaxllm.surgery import adapters, resize
 from tests.reference_decoder import BASE, random_params
 
 MODEL = replace(BASE, num_layers=2, width=16, num_heads=4, num_kv_heads=4, ff_width=24)
@@ -46,6 +48,10 @@ class Row(NamedTuple):
     """Of the model before."""
     family: str = "llama"
     """Hugging Face's model_type for the plain result."""
+    identity_lm: Callable[[ModelConfig], LM] | None = None
+    """Of the identity, where the setting that changes nothing is one of the model and not of its params; None means `lm`."""
+    atol: float = 2e-5
+    """Of outputs on a mesh. Where inputs are rounded to integers, one that falls on the other side moves an output by a step."""
 
 
 def heads(how: Any, number: int, params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
@@ -59,7 +65,43 @@ def merged(number: int, params: Params, config: ModelConfig) -> tuple[Params, Mo
     return resize.kv_heads(params, config, number, "svd", moments=MOMENTS)
 
 
+def with_surgery(config: ModelConfig, **settings: Any) -> LM:
+    return language_model(TrainConfig(model=config, **settings), "float32")
+
+
+def keep(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
+    return params, config
+
+
+LORA = LoraConfig((("layers/.*/kernel", 2, 4.0),))
+ADAPTERS = BottleneckConfig(3)
+PREFIX = PrefixConfig(3, shift_positions=False)
+TERNARY = BitnetConfig("b158", norm="rms", norm_sites=".*/(o|down)")
+
+
+def added(settings: dict[str, Any], size: float, params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
+    """The leaves that a model with these settings has besides, moved from their start by `size`."""
+    fresh = jax.jit(lambda key: tree.partition(with_surgery(config, **settings).init(key), lambda path: re.fullmatch(ADDED, path))[0])
+    moved = jax.tree.map(lambda leaf: leaf + size * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), fresh(jax.random.key(1)))
+    return tree.merge(params, moved), config
+
+
+def folded(size: float, params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
+    return adapters.merge(added({"lora": LORA}, size, params, config)[0], LORA), config
+
+
 SURGERIES = (
+    Row(
+        "lora", partial(added, {"lora": LORA}, 0.1), partial(added, {"lora": LORA}, 0.0), lm=partial(with_surgery, lora=LORA),
+        plain=lambda params, config: (adapters.merge(params, LORA), config),
+    ),
+    Row("lora, merged", partial(folded, 0.1), partial(folded, 0.0)),
+    Row(
+        "adapter layers", partial(added, {"bottleneck": ADAPTERS}, 0.3), partial(added, {"bottleneck": ADAPTERS}, 0.0),
+        lm=partial(with_surgery, bottleneck=ADAPTERS), plain=None,
+    ),
+    Row("prefix", partial(added, {"prefix": PREFIX}, 1.0), keep, lm=partial(with_surgery, prefix=PREFIX), plain=None, identity_lm=decoder),
+    Row("bitnet b1.58", keep, keep, lm=partial(with_surgery, bitnet=TERNARY), plain=None, identity_lm=decoder, atol=2e-2),
     Row("kv_heads mean", partial(heads, "mean", 2), partial(heads, "mean", 4)),
     Row("kv_heads first", partial(heads, "first", 2), partial(heads, "first", 4)),
     Row("kv_heads random", partial(heads, "random", 1), partial(heads, "random", 4)),
@@ -78,13 +120,13 @@ def before(row: Row) -> Params:
 
 
 @cache
-def compiled(row: Row, config: ModelConfig) -> Any:
-    lm = row.lm(config)
+def compiled(build: Callable[[ModelConfig], LM], config: ModelConfig) -> Any:
+    lm = build(config)
     return jax.jit(lambda params, tokens: lm.apply(params, tokens).hidden)
 
 
-def hidden(row: Row, params: Params, config: ModelConfig) -> np.ndarray:
-    return np.asarray(compiled(row, config)(params, TOKENS))
+def hidden(build: Callable[[ModelConfig], LM], params: Params, config: ModelConfig) -> np.ndarray:
+    return np.asarray(compiled(build, config)(params, TOKENS))
 
 
 @cache
@@ -97,7 +139,7 @@ def untouched(model: ModelConfig) -> np.ndarray:
 @every_surgery
 def test_it_changes_something(row: Row):
     params, config = row.change(before(row), row.model)
-    assert np.abs(hidden(row, params, config) - untouched(row.model)).max() > 1e-3
+    assert np.abs(hidden(row.lm, params, config) - untouched(row.model)).max() > 1e-3
 
 
 @every_surgery
@@ -107,7 +149,7 @@ def test_identity_changes_no_bit(row: Row):
     for path, leaf in tree.items(before(row)):
         assert np.asarray(tree.get(params, path)).tobytes() == np.asarray(leaf).tobytes(), path
     want = untouched(row.model)
-    np.testing.assert_array_equal(hidden(row, params, config), want)
+    np.testing.assert_array_equal(hidden(row.identity_lm or row.lm, params, config), want)
 
 
 @every_surgery
@@ -131,7 +173,7 @@ def test_sharded_equals_unsharded(row: Row, data: int, model: int):
             np.testing.assert_allclose(tree.get(on_mesh, path), leaf, rtol=1e-6, atol=1e-7, err_msg=path)
         lm = row.lm(config)
         got = jax.jit(lambda params, tokens: lm.apply(params, tokens).hidden)(place(on_mesh), TOKENS)
-    np.testing.assert_allclose(got, hidden(row, params, config), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(got, hidden(row.lm, params, config), rtol=row.atol, atol=row.atol)
 
 
 @every_surgery
