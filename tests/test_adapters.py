@@ -331,3 +331,27 @@ def test_dora_norms_carry_no_gradient():
     whole = leaves["kernel"] + 8.0 * leaves["lora_a"] @ leaves["lora_b"]
     norm = jnp.linalg.norm(whole, axis=0)
     np.testing.assert_allclose(grads["lora_b"], 8.0 * 3 * (1 / norm)[None], rtol=1e-5)
+
+
+def test_two_thirds_of_the_memory_of_training_are_saved():
+    """Arguments and temporaries of the compiled step, weights and moments in float32, at a size where weights outweigh activations."""
+    from jaxllm import pretrain, sharding
+    from jaxllm.config import DataConfig, MeshConfig, TrainConfig
+    from jaxllm.contract import Batch
+    from jaxllm.step import frozen_base, program
+
+    model = replace(MODEL, num_layers=4, width=256, num_heads=8, num_kv_heads=8, head_size=32, ff_width=1024)
+    full = TrainConfig(model=model, data=DataConfig(sequence_length=8, batch_size=1), mesh=MeshConfig(data=1), remat="full")
+    lora = replace(full, lora=QV, optim=OptimConfig(freeze=adapters.TRAIN_ONLY_LORA))
+    mesh = sharding.make_mesh(full.mesh, jax.devices()[:1])
+    ones = np.ones((1, 8), np.int32)
+    batch = Batch(ones, ones, ones.astype(np.float32), ones, ones)
+
+    def num_bytes(config: TrainConfig) -> int:
+        experiment = pretrain.experiment(config, precision="float32")
+        with jax.set_mesh(mesh):
+            step, _, template = program(experiment, mesh)
+            memory = step.lower(template, frozen_base(experiment, mesh), batch).compile().memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+    assert num_bytes(lora) < num_bytes(full) / 3

@@ -12,11 +12,11 @@ import pytest
 
 from configs.models import gpt2_large, gpt2_medium
 from jaxllm import optim, sharding, tree
-from jaxllm.config import ConfigError, LayerKind, MeshConfig, ModelConfig, OptimConfig, PrefixConfig
-from jaxllm.contract import LM, Params
+from jaxllm.config import ConfigError, LayerKind, LoraConfig, MeshConfig, ModelConfig, OptimConfig, PrefixConfig
+from jaxllm.contract import LM, Params, dot_in
 from jaxllm.models.generate import complete, generator, sampler
 from jaxllm.models.transformer import decoder
-from jaxllm.surgery import prefix
+from jaxllm.surgery import adapters, prefix
 
 MODEL = ModelConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_size=8, ff_width=48, vocab_size=50, max_length=64)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 50, (3, 12)))
@@ -258,3 +258,22 @@ def test_prefixes_of_unlike_models_do_not_stack():
     _, _, mlp = tuned(PrefixConfig(3, hidden=8))
     with pytest.raises(ConfigError, match="materialise"):
         prefix.stack([mlp["prefix"]])
+
+
+def test_adapters_and_prefixes_of_each_row_at_once():
+    """Row 0: adapter and prefix; row 1: neither; row 2: prefix alone."""
+    plain = dot_in("float32")
+    lora = LoraConfig((("layers/attention/[qv]/kernel", 2, 4.0),))
+    lm = prefix.with_prefix(decoder(MODEL, dot=adapters.lora_dot(LoraConfig(), plain, plain)), PrefixConfig(3))
+    base = decoder(MODEL).init(jax.random.key(0))
+    delta = jax.tree.map(lambda x: x + 0.1, adapters.init_leaves(base, lora, jax.random.key(1)))
+    _, _, params = tuned(PrefixConfig(3))
+    states = params["prefix"]
+    both = adapters.select(tree.merge(base, adapters.stack([(delta, lora)], base)), jnp.array([0, -1, -1]))
+    both = prefix.select({**both, "prefix": prefix.stack([states])}, jnp.array([0, -1, 0]))
+    got = hidden(lm, both)
+    folded = adapters.merge(tree.merge(base, delta), lora)
+    with_states = prefix.with_prefix(decoder(MODEL), PrefixConfig(3))
+    np.testing.assert_allclose(got[0], hidden(with_states, {**folded, "prefix": states}, TOKENS[:1])[0], atol=2e-5)
+    np.testing.assert_allclose(got[1], hidden(decoder(MODEL), base, TOKENS[1:2])[0], atol=2e-5)
+    np.testing.assert_allclose(got[2], hidden(with_states, {**base, "prefix": states}, TOKENS[2:])[0], atol=2e-5)
