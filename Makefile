@@ -23,11 +23,11 @@ quickstart: $(VENV)/installed
 	$(BIN)/jaxllm train configs/quickstart.py
 
 test: $(VENV)/installed-test lint
-	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not fault" tests
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not fault and not whole" tests
 	JAX_PLATFORMS=cpu $(BIN)/pytest --doctest-modules jaxllm
 
 faults: $(VENV)/installed-test
-	$(BIN)/pytest -n $(JOBS) --dist loadfile -m fault --ignore tests/parity --ignore tests/test_plan_tpu.py tests
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "fault or whole" --ignore tests/parity --ignore tests/test_plan_tpu.py tests
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -299,8 +299,8 @@ def test_adapters_of_another_base_and_wrong_rows_are_refused():
 # ----------------------------------------------------------------------------------------------- meshes
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 2, 2)])
-def test_sharded_equals_unsharded(sizes: tuple[int, int, int]):
+def test_sharded_equals_unsharded():
+    """On 2 × 2 × 2 devices; other meshes are among the laws of surgery."""
     from jaxllm import sharding
     from jaxllm.config import MeshConfig
 
@@ -314,7 +314,7 @@ def test_sharded_equals_unsharded(sizes: tuple[int, int, int]):
         return jnp.square(lm.unembed(params).logits(hidden)).mean()
 
     want, want_grads = jax.value_and_grad(value)(params, tokens)
-    mesh = sharding.make_mesh(MeshConfig(*sizes))
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.shardings(sharding.param_specs(params, mesh), mesh))
         got, grads = jax.jit(jax.value_and_grad(value))(placed, jax.device_put(tokens, sharding.batch_sharding(mesh)))

@@ -225,6 +225,7 @@ class Command:
         return self.process.wait(120)
 
 
+@pytest.mark.fault
 def test_a_study_stops_on_a_signal_and_goes_on_where_it_was(mine: str, tmp_path: Path) -> None:
     words = ("small", "--only", "of one", "--optim.lr", "3e-3", "--seed", "0", "--num_steps", "40")
     first = Command(*words, source=tmp_path)
