@@ -1,5 +1,5 @@
 # make quickstart: install, and train a small model on real text, with no download
-# make test:       the suite; make faults: real processes, killed; make parity: against Hugging Face
+# make test:       the suite; make faults: real processes, killed, and whole runs; make parity: against Hugging Face and PEFT
 # make compile:    plans and kernels, compiled for TPUs that are not here; make plans: every paper preset on its paper's machine
 # make oldest:     the fast tests against the oldest JAX that pyproject.toml admits
 # Nothing but Python 3.12 and make is needed; make PYTHON=/path/to/python3.12 names another one.

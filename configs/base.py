@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from configs.models import smollm2_135m
 from jaxllm.config import DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
 
 model = ModelConfig(
@@ -44,6 +45,23 @@ config = TrainConfig(
     save_every=200,
     eval_batches=64,
 )
+
+smollm2 = replace(
+    config,
+    name="smollm2",
+    model=smollm2_135m,
+    init_from="cache://models/smollm2-135m",
+    data=replace(
+        config.data,
+        tokenizer=TokenizerConfig(kind="huggingface", path="cache://models/smollm2-135m/tokenizer"),
+        batch_size=2,
+    ),
+    num_steps=400,
+    remat="minimal",
+    run_dir="",
+    save_every=100,
+)
+"""SmolLM2-135M, trained on with the same text: 20 minutes on two cores. `python -m tools.fetch smollm2-135m` brings it."""
 
 debug = replace(
     config,

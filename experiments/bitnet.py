@@ -27,7 +27,6 @@ from dataclasses import replace
 from functools import partial
 
 from configs import base
-from configs.models import smollm2_135m
 from jaxllm import pretrain
 from jaxllm.cli import experiment_main
 from jaxllm.config import BitnetConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
@@ -55,8 +54,8 @@ config = replace(
     optim=OptimConfig(
         lr=1e-2, schedule=ScheduleConfig(kind="linear", warmup_steps=20, end_ratio=0.0), b2=0.98, weight_decay=0.01, clip_norm=None
     ),
-    num_steps=260,
-    save_every=260,
+    num_steps=200,
+    save_every=200,
     eval_batches=32,
     run_dir="",
 )
@@ -159,7 +158,7 @@ small = Study(
         Ordering("b1", "<", "float, rounded to 1 bit after", text="training with one bit beats rounding to one bit after"),
         Ordering("b1", "<=", "b1 without SubLN", text="the norm inside helps"),
     ),
-    about="Models of 2.5 M parameters from scratch on 1.06 million tokens of English. Smaller ones, one seed, for the curve over energy.",
+    about="Models of 2.5 M parameters from scratch on 0.82 million tokens of English. Smaller ones, one seed, for the curve over energy.",
     paper=PAPER,
     figures=(
         Figure("rates", "Held-out loss over the learning rates that were searched, seed 0.", over_rates("loss", "held-out loss")),
@@ -167,21 +166,14 @@ small = Study(
     ),
 )
 
-tuning_real = replace(
-    config, name="bitnet-real", model=smollm2_135m, init_from="cache://models/smollm2-135m",
-    data=DataConfig(
-        sources=base.config.data.sources, mixture="weighted", sequence_length=256, batch_size=2,
-        tokenizer=TokenizerConfig(kind="huggingface", path="cache://models/smollm2-135m/tokenizer"),
-    ),
-    optim=replace(config.optim, lr=3e-4), num_steps=600, save_every=150, remat="minimal",
-)  # fmt: skip
+tuning_real = replace(base.smollm2, name="bitnet-real", optim=replace(config.optim, lr=3e-4), eval_batches=32)
 
 real = Study(
     name="bitnet-real",
     title=TITLE,
     arms=(
         Arm("float", replace(tuning_real, optim=replace(tuning_real.optim, lr=1e-4)), seeds=(0,)),
-        Arm("b1.58, by degrees", quantised(tuning_real, BitnetConfig("b158", warm_start_steps=300)), seeds=(0,)),
+        Arm("b1.58, by degrees", quantised(tuning_real, BitnetConfig("b158", warm_start_steps=200)), seeds=(0,)),
         Arm("b1.58, at once", quantised(tuning_real, BitnetConfig("b158")), seeds=(0,)),
         *(Arm(f"float, rounded to {bits} bits after", needs=("float",), seeds=(0,), measure=partial(rounded, bits)) for bits in (8, 4)),
         Arm("float, rounded to 1 bit after", needs=("float",), seeds=(0,), measure=partial(rounded, 1)),

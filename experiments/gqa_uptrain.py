@@ -24,10 +24,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from configs import base
-from configs.models import palm_8b, smollm2_135m
+from configs.models import palm_8b
 from jaxllm import pretrain
 from jaxllm.cli import experiment_main
 from jaxllm.config import DataConfig, OptimConfig, Precision, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
@@ -40,6 +41,8 @@ from jaxllm.study import Arm, Column, Ordering, Run, Study
 
 ALPHA = 0.1
 """Share of the original steps that arms are uptrained for; losses at 0, 0.02 and 0.05 are evaluations on the way."""
+ROWS = 8
+"""Of the decoding step that is timed."""
 WIKITEXT = SourceConfig(kind="text", path="cache://data/wikitext2-valid/text")
 
 uptraining = replace(
@@ -49,29 +52,30 @@ uptraining = replace(
     num_steps=round(ALPHA * base.config.num_steps),
     eval_every=round(ALPHA * base.config.num_steps / 10),
     save_every=round(ALPHA * base.config.num_steps),
-    eval_batches=16,
+    eval_batches=8,
     run_dir="",
     init_from="cache://models/base-small",
 )
 
 
-def converted(run: Run, num_kv_heads: int, how: str) -> str:
-    """The model that `run` names in init_from with other heads, as a folder beside the run; made once."""
+def converted(source: str, folder: Path, config: TrainConfig, num_kv_heads: int, how: str) -> str:
+    """The model in `source` with other heads, as a folder that training starts from; made once.
+
+    Args:
+      config: whose seed draws random heads, and whose data calibrate `svd`.
+    """
     import jax
 
     from jaxllm import pretrained
     from jaxllm.surgery import resize
 
-    assert run.config is not None
-    source = run.config.init_from
-    folder = path_of(f"cache://models/{source.rpartition('/')[2]}-kv{num_kv_heads}-{how}{f'-{run.seed}' if how == 'random' else ''}")
     if not (folder / "checkpoints").is_dir():
         model = pretrained.load(source)
-        moments = input_moments(model, run.config) if how == "svd" else None
-        key = jax.random.key(run.seed)
-        params, config = resize.kv_heads(model.params, model.config, num_kv_heads, how, key=key, moments=moments)  # type: ignore[arg-type]
+        moments = input_moments(model, config) if how == "svd" else None
+        key = jax.random.key(config.seed)
+        params, new = resize.kv_heads(model.params, model.config, num_kv_heads, how, key=key, moments=moments)  # type: ignore[arg-type]
         pretrained.save(
-            folder, config, params, model.tokenizer, chat_template=model.chat_template, stop_ids=model.stop_ids,
+            folder, new, params, model.tokenizer, chat_template=model.chat_template, stop_ids=model.stop_ids,
             source={"kind": "kv-heads", "from": source, "how": how, "num_kv_heads": num_kv_heads},
         )  # fmt: skip
     return str(folder)
@@ -96,9 +100,14 @@ def input_moments(model: Any, config: TrainConfig) -> Any:
 
 
 def start(num_kv_heads: int, how: str) -> Callable[[Run], TrainConfig]:
+    """An `Arm.prepare`: from the model in `init_from` with other heads, kept in the cache for all arms that want it."""
+
     def prepare(run: Run) -> TrainConfig:
         assert run.config is not None
-        return replace(run.config, init_from=converted(run, num_kv_heads, how))
+        source = run.config.init_from
+        name = f"{source.rpartition('/')[2]}-kv{num_kv_heads}-{how}{f'-{run.seed}' if how == 'random' else ''}"
+        folder = path_of(f"cache://models/{name}")
+        return replace(run.config, init_from=converted(source, folder, run.config, num_kv_heads, how))
 
     return prepare
 
@@ -107,36 +116,44 @@ def pooled(config: TrainConfig, num_kv_heads: int) -> TrainConfig:
     return replace(config, model=replace(config.model, num_kv_heads=num_kv_heads))
 
 
-def scores(run: Run) -> Mapping[str, float]:
-    """Losses on the way, on WikiText-2, and the cache of 1,024 tokens."""
+def of_model(model: str | Path, config: TrainConfig, context: int) -> dict[str, float]:
+    """Loss on WikiText-2, and what decoding costs with `context` tokens in the cache."""
+    import jax.numpy as jnp
+
     from jaxllm import measures
+    from jaxllm.generate.timing import step_seconds
     from jaxllm.surgery.resize import cache_bytes
+
+    wikitext = replace(config, data=replace(config.data, held_out=(WIKITEXT,)))
+    return {
+        "wikitext": measures.held_out(model, wikitext, max_batches=32)["loss"],
+        "cache_mb": cache_bytes(config.model, 1, context, jnp.dtype(jnp.float32).itemsize) / 1e6,
+        "decode_ms": 1e3 * step_seconds(config.model, ROWS, context, "float32"),
+    }
+
+
+def scores(run: Run, context: int) -> Mapping[str, float]:
+    """Losses on the way, and what share of the loss that surgery cost has come back, beside the untouched model trained as long."""
+    from jaxllm import measures
 
     assert run.config is not None
+    config, last = run.config, run.config.num_steps
     by_step = measures.losses_by_step(run.run_dir)
-    part = {
-        f"loss_{share:g}": by_step[step] for share in (0.01, 0.02, 0.05) if (step := round(share / ALPHA * run.config.num_steps)) in by_step
-    }
-    wikitext = replace(run.config, data=replace(run.config.data, held_out=(WIKITEXT,)))
-    return {
-        **part,
-        "wikitext": measures.held_out(run.run_dir, wikitext, max_batches=32)["loss"],
-        "cache_mb": cache_bytes(run.config.model, 1, 1024) / 1e6,
-    }
+    shares = {share: by_step[step] for share in (0.01, 0.02, 0.05) if (step := round(share / ALPHA * last)) in by_step}
+    numbers = {f"loss_{share:g}": loss for share, loss in shares.items()} | of_model(run.run_dir, config, context)
+    numbers["loss_0"] = measures.held_out(config.init_from, config, max_batches=config.eval_batches)["loss"]
+    for other in run.needs.values():
+        untouched = measures.losses_by_step(other.run_dir)[last]
+        numbers["recovered"] = (numbers["loss_0"] - by_step[last]) / (numbers["loss_0"] - untouched)
+    return numbers
 
 
-def before(run: Run) -> Mapping[str, float]:
-    """The model before, untouched."""
+def before(config: TrainConfig, context: int, run: Run) -> Mapping[str, float]:
+    """The model before, neither cut nor trained on."""
     from jaxllm import measures
-    from jaxllm.surgery.resize import cache_bytes
 
-    return {
-        "loss": measures.held_out(uptraining.init_from, uptraining, max_batches=uptraining.eval_batches)["loss"],
-        "wikitext": measures.held_out(
-            uptraining.init_from, replace(uptraining, data=replace(uptraining.data, held_out=(WIKITEXT,))), max_batches=32
-        )["loss"],
-        "cache_mb": cache_bytes(uptraining.model, 1, 1024) / 1e6,
-    }
+    found = measures.held_out(config.init_from, config, max_batches=config.eval_batches)
+    return {"loss": found["loss"], "loss_0": found["loss"], **of_model(config.init_from, config, context)}
 
 
 def build(config: TrainConfig, *, precision: Precision, kl: float = 0.0, teacher_from: str = "") -> Experiment:
@@ -159,9 +176,13 @@ def build(config: TrainConfig, *, precision: Precision, kl: float = 0.0, teacher
 
 with_kl = partial(build, kl=1.0, teacher_from=uptraining.init_from)
 
+COST = (
+    Column("recovered", "of the loss recovered", better="higher"), Column("wikitext", "WikiText-2 loss"),
+    Column("cache_mb", "cache, MB a row", digits=2), Column("decode_ms", "ms a step of 8 rows", digits=1),
+)  # fmt: skip
 COLUMNS = (
-    Column("loss_0.01", "α 0.01"), Column("loss_0.02", "α 0.02"), Column("loss_0.05", "α 0.05"), Column("loss", "α 0.1, held-out loss"),
-    Column("wikitext", "WikiText-2 loss"), Column("cache_mb", "cache, MB", digits=2),
+    Column("loss_0", "α 0"), Column("loss_0.01", "α 0.01"), Column("loss_0.02", "α 0.02"), Column("loss_0.05", "α 0.05"),
+    Column("loss", "α 0.1, held-out loss"), *COST,
 )  # fmt: skip
 PAPER = """
 | | average of seven tasks | seconds a sample |
@@ -173,19 +194,29 @@ PAPER = """
 To MQA at α 0.05 (T5-Large, read off a chart): mean 55.5, first 55.4, random 55.2.
 """
 TITLE = "GQA, arXiv:2305.13245: fewer key/value heads"
+WHOLE = "no surgery, trained on"
+HOW = ("mean", "first", "random", "svd")
+HEADS = (*((f"1 head, {how}", 1, how) for how in HOW), ("2 heads, mean", 2, "mean"), ("4 heads, mean", 4, "mean"))
 
+CONTEXT = base.model.max_length
 small = Study(
     name="gqa_uptrain-small",
     title=TITLE,
     arms=(
-        Arm("before (8 heads)", seeds=(0,), measure=before),
-        Arm("8 heads, trained on", uptraining, measure=scores),
+        Arm("before (8 heads)", seeds=(0,), measure=partial(before, uptraining, CONTEXT)),
+        Arm(WHOLE, uptraining, measure=partial(scores, context=CONTEXT)),
         *(
-            Arm(f"1 head, {how}", pooled(uptraining, 1), prepare=start(1, how), measure=scores)
-            for how in ("mean", "first", "random", "svd")
+            Arm(name, pooled(uptraining, n), prepare=start(n, how), needs=(WHOLE,), measure=partial(scores, context=CONTEXT))
+            for name, n, how in HEADS
         ),
-        *(Arm(f"{n} heads, mean", pooled(uptraining, n), prepare=start(n, "mean"), measure=scores) for n in (2, 4)),
-        Arm("1 head, mean, KL", pooled(uptraining, 1), build=with_kl, prepare=start(1, "mean"), measure=scores),
+        Arm(
+            "1 head, mean, KL",
+            pooled(uptraining, 1),
+            build=with_kl,
+            prepare=start(1, "mean"),
+            needs=(WHOLE,),
+            measure=partial(scores, context=CONTEXT),
+        ),
     ),
     columns=COLUMNS,
     orderings=(
@@ -200,22 +231,24 @@ small = Study(
     paper=PAPER,
 )
 
-uptraining_real = replace(
-    uptraining, name="gqa-real", model=smollm2_135m, init_from="cache://models/smollm2-135m",
-    data=DataConfig(
-        sources=base.config.data.sources, mixture="weighted", sequence_length=256, batch_size=2,
-        tokenizer=TokenizerConfig(kind="huggingface", path="cache://models/smollm2-135m/tokenizer"),
-    ),
-    optim=replace(uptraining.optim, lr=1e-4), num_steps=600, eval_every=150, save_every=150, eval_batches=32, remat="minimal",
-)  # fmt: skip
+uptraining_real = replace(base.smollm2, name="gqa-real", optim=replace(uptraining.optim, lr=1e-4), eval_every=100, eval_batches=32)
 
+CONTEXT_REAL = 2048
 real = Study(
     name="gqa_uptrain-real",
     title=TITLE,
     arms=(
-        Arm("3 heads, trained on", uptraining_real, seeds=(0,), measure=scores),
+        Arm("before (3 heads)", seeds=(0,), measure=partial(before, uptraining_real, CONTEXT_REAL)),
+        Arm(WHOLE, uptraining_real, seeds=(0,), measure=partial(scores, context=CONTEXT_REAL)),
         *(
-            Arm(f"1 head, {how}", pooled(uptraining_real, 1), seeds=(0,), prepare=start(1, how), measure=scores)
+            Arm(
+                f"1 head, {how}",
+                pooled(uptraining_real, 1),
+                seeds=(0,),
+                prepare=start(1, how),
+                needs=(WHOLE,),
+                measure=partial(scores, context=CONTEXT_REAL),
+            )
             for how in ("mean", "first", "svd")
         ),
         Arm(
@@ -223,11 +256,12 @@ real = Study(
             pooled(uptraining_real, 1),
             seeds=(0,),
             prepare=start(1, "mean"),
-            measure=scores,
+            needs=(WHOLE,),
+            measure=partial(scores, context=CONTEXT_REAL),
             build=partial(build, kl=1.0, teacher_from=uptraining_real.init_from),
         ),
     ),
-    columns=(Column("loss", "held-out loss"), Column("wikitext", "WikiText-2 loss"), Column("cache_mb", "cache, MB", digits=2)),
+    columns=(Column("loss_0", "loss at once"), Column("loss", "held-out loss"), *COST),
     orderings=(Ordering("1 head, mean", "<=", "1 head, first"),),
     about="Base: SmolLM2-135M-Instruct, from its 4-bit file: 3 key/value heads to 1. One seed: no order is claimed.",
     paper=PAPER,
@@ -238,19 +272,10 @@ _debug = replace(base.debug, name="gqa-debug", num_steps=10, eval_every=5, eval_
 
 
 def _start_debug(how: str, run: Run) -> TrainConfig:
-    """From the arm `before`; its converted model lies in the run's own folder."""
-    import jax
-
-    from jaxllm import pretrained
-    from jaxllm.surgery import resize
-
+    """From the arm `before`; its converted model lies beside the run."""
     assert run.config is not None
-    folder = run.run_dir.with_name(f"{run.run_dir.name}-start")
-    if not (folder / "checkpoints").is_dir():
-        model = pretrained.load(run.needs["before"].run_dir)
-        params, config = resize.kv_heads(model.params, model.config, 1, how, key=jax.random.key(0))  # type: ignore[arg-type]
-        pretrained.save(folder, config, params, model.tokenizer, source={"kind": "kv-heads", "how": how})
-    return replace(run.config, init_from=str(folder))
+    source, folder = str(run.needs["before"].run_dir), run.run_dir.with_name(f"{run.run_dir.name}-start")
+    return replace(run.config, init_from=converted(source, folder, run.config, 1, how))
 
 
 debug = Study(

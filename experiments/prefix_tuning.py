@@ -24,16 +24,15 @@ Results: docs/results/prefix_tuning.md, written by the command itself.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from configs import base
-from configs.models import gpt2_medium, smollm2_135m
-from jaxllm import pretrain
+from configs import base, table_text
+from configs.models import gpt2_medium
+from jaxllm import measures, pretrain
 from jaxllm.cli import experiment_main
 from jaxllm.config import (
     ConfigError,
-    DataConfig,
     MeshConfig,
     OptimConfig,
     PrefixConfig,
@@ -43,37 +42,20 @@ from jaxllm.config import (
     TrainConfig,
 )
 from jaxllm.files import how_to_get, path_of, write_atomic
-from jaxllm.study import Arm, Column, Ordering, Run, Study
+from jaxllm.study import Arm, Column, Ordering, Study, starting_from
+from jaxllm.surgery import prefix
 
-ONLY_PREFIX = ((r"prefix/.*", False), (r".*", True))
 TUNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 MLP_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 STATE_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 RELATED, UNRELATED = "name type food price rating near : restaurant", "elephant divide keyboard keep tree banana sing"
 
 
-def pairs(path: str) -> SourceConfig:
-    return SourceConfig(kind="jsonl", path=path, prompt_field="prompt", field="completion", loss_on="completion")
-
-
-E2E = DataConfig(
-    sources=(pairs("cache://data/e2e-nlg/train.jsonl"),),
-    held_out=(pairs("cache://data/e2e-nlg/dev_pairs.jsonl"),),
-    tokenizer=TokenizerConfig(path="cache://models/base-small/tokenizer"),
-    sequence_length=256,
-    batch_size=8,
-)
-DART = replace(E2E, sources=(pairs("cache://data/dart/train.jsonl"),), held_out=(pairs("cache://data/dart/dev_pairs.jsonl"),))
-OPTIM = OptimConfig(lr=1e-3, schedule=ScheduleConfig(kind="linear", warmup_steps=10, end_ratio=0.0), weight_decay=0.0, b2=0.999)
-
-tuning = replace(
-    base.config, name="prefix-small", data=E2E, optim=OPTIM, init_from="cache://models/base-small",
-    num_steps=130, run_dir="", save_every=130, eval_batches=24,
-)  # fmt: skip
+tuning = replace(table_text.small, name="prefix-small", optim=replace(table_text.OPTIM, weight_decay=0.0))
 
 
 def with_prefix(config: TrainConfig, length: int, **options: object) -> TrainConfig:
-    return replace(config, prefix=PrefixConfig(length, **options), optim=replace(config.optim, freeze=ONLY_PREFIX))  # type: ignore[arg-type]
+    return replace(config, prefix=PrefixConfig(length, **options), optim=replace(config.optim, freeze=prefix.TRAIN_ONLY_PREFIX))  # type: ignore[arg-type]
 
 
 def part(source: str, name: str, choose: Callable[[list[str]], Sequence[str]]) -> SourceConfig:
@@ -88,7 +70,7 @@ def part(source: str, name: str, choose: Callable[[list[str]], Sequence[str]]) -
             raise ConfigError(f"no file {whole}{how_to_get('cache://data/e2e-nlg')}")
         path_of(chosen).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path_of(chosen), "".join(f"{line}\n" for line in choose(whole.read_text().splitlines())).encode())
-    return pairs(chosen)
+    return table_text.pairs(chosen)
 
 
 def few(num_examples: int) -> Callable[[TrainConfig, int], TrainConfig]:
@@ -107,15 +89,6 @@ def unseen(config: TrainConfig, seed: int) -> TrainConfig:
     train = part("train", "train-unseen", lambda lines: [line for line in lines if not names(line)])
     dev = part("dev_pairs", "dev-unseen", lambda lines: [line for line in lines if names(line)])
     return replace(config, seed=seed, data=replace(config.data, sources=(train,), held_out=(dev,)))
-
-
-def scores(run: Run) -> Mapping[str, float]:
-    """What the run writes for 100 tables of its data set's dev part, and what must be kept of it."""
-    from jaxllm import measures
-
-    assert run.config is not None
-    dev = run.config.data.held_out[0].path.replace("_pairs", "")
-    return {**measures.against_references(run.run_dir, dev), **measures.saved_bytes(run.run_dir)}
 
 
 BEST = "prefix 8 by MLP"
@@ -157,11 +130,11 @@ small = Study(
     name="prefix_tuning-small",
     title=TITLE,
     arms=(
-        Arm("full", tuning, rates=TUNING_RATES, measure=scores),
-        Arm(BEST, with_prefix(tuning, 8, hidden=128), rates=MLP_RATES, measure=scores),
-        Arm("prefix 8, states", with_prefix(tuning, 8), rates=STATE_RATES, measure=scores),
-        Arm("embedding-only 8", with_prefix(tuning, 8, place="embedding"), rates=STATE_RATES, measure=scores),
-        Arm("infix 8, states", infix(tuning, 8), rate_of="prefix 8, states", measure=scores),
+        Arm("full", tuning, rates=TUNING_RATES, measure=measures.table_to_text),
+        Arm(BEST, with_prefix(tuning, 8, hidden=128), rates=MLP_RATES, measure=measures.table_to_text),
+        Arm("prefix 8, states", with_prefix(tuning, 8), rates=STATE_RATES, measure=measures.table_to_text),
+        Arm("embedding-only 8", with_prefix(tuning, 8, place="embedding"), rates=STATE_RATES, measure=measures.table_to_text),
+        Arm("infix 8, states", infix(tuning, 8), rate_of="prefix 8, states", measure=measures.table_to_text),
         *(Arm(f"prefix {n}, states", with_prefix(tuning, n), rate_of="prefix 8, states") for n in LENGTHS),
         Arm("from related words", with_prefix(tuning, 8, init_text=RELATED), rate_of="prefix 8, states"),
         Arm("from unrelated words", with_prefix(tuning, 8, init_text=UNRELATED), rate_of="prefix 8, states"),
@@ -172,8 +145,13 @@ small = Study(
         ),
         Arm("unseen: full", tuning, rate_of="full", vary=unseen),
         Arm("unseen: prefix 8 by MLP", with_prefix(tuning, 8, hidden=128), rate_of=BEST, vary=unseen),
-        Arm("DART: full", replace(tuning, data=DART), rate_of="full", measure=scores),
-        Arm("DART: prefix 8 by MLP", with_prefix(replace(tuning, data=DART), 8, hidden=128), rate_of=BEST, measure=scores),
+        Arm("DART: full", replace(tuning, data=table_text.DART), rate_of="full", measure=measures.table_to_text),
+        Arm(
+            "DART: prefix 8 by MLP",
+            with_prefix(replace(tuning, data=table_text.DART), 8, hidden=128),
+            rate_of=BEST,
+            measure=measures.table_to_text,
+        ),
     ),
     columns=COLUMNS,
     orderings=(
@@ -190,11 +168,7 @@ small = Study(
     paper=PAPER,
 )
 
-tuning_real = replace(
-    tuning, name="prefix-real", model=smollm2_135m, init_from="cache://models/smollm2-135m",
-    data=replace(E2E, tokenizer=TokenizerConfig(kind="huggingface", path="cache://models/smollm2-135m/tokenizer"), batch_size=2),
-    num_steps=600, save_every=150, remat="minimal",
-)  # fmt: skip
+tuning_real = replace(table_text.real, name="prefix-real", optim=tuning.optim)
 
 
 def _at(config: TrainConfig, lr: float) -> TrainConfig:
@@ -205,9 +179,14 @@ real = Study(
     name="prefix_tuning-real",
     title=TITLE,
     arms=(
-        Arm("full", _at(tuning_real, 1e-4), seeds=(0,), measure=scores),
-        Arm("prefix 10 by MLP", _at(with_prefix(tuning_real, 10, hidden=512), 1e-3), seeds=(0,), measure=scores),
-        Arm("prefix 10, states from words", _at(with_prefix(tuning_real, 10, init_text=RELATED), 1e-2), seeds=(0,), measure=scores),
+        Arm("full", _at(tuning_real, 1e-4), seeds=(0,), measure=measures.table_to_text),
+        Arm("prefix 10 by MLP", _at(with_prefix(tuning_real, 10, hidden=512), 1e-3), seeds=(0,), measure=measures.table_to_text),
+        Arm(
+            "prefix 10, states from words",
+            _at(with_prefix(tuning_real, 10, init_text=RELATED), 1e-2),
+            seeds=(0,),
+            measure=measures.table_to_text,
+        ),
     ),
     columns=COLUMNS,
     orderings=(Ordering("prefix 10 by MLP", "<=", "full"),),
@@ -215,14 +194,7 @@ real = Study(
     paper=PAPER,
 )
 
-# The seconds-long version needs nothing but Python: a byte model of the standard library, tuned to more of it.
-_debug = replace(base.debug, name="prefix-debug", optim=replace(OPTIM, lr=1e-2), num_steps=20)
-
-
-def _from_base(run: Run) -> TrainConfig:
-    assert run.config is not None
-    return replace(run.config, init_from=str(run.needs["base"].run_dir))
-
+_debug = replace(table_text.debug, name="prefix-debug", optim=replace(tuning.optim, lr=1e-2))
 
 debug = Study(
     name="prefix_tuning-debug",
@@ -230,7 +202,7 @@ debug = Study(
     arms=(
         Arm("base", base.debug, seeds=(0,)),
         *(
-            Arm(name, config, seeds=(0,), needs=("base",), prepare=_from_base)
+            Arm(name, config, seeds=(0,), needs=("base",), prepare=starting_from("base"))
             for name, config in {
                 "by MLP": with_prefix(_debug, 4, hidden=16),
                 "states from words": with_prefix(_debug, 4, init_text="def f"),
@@ -245,9 +217,16 @@ paper = TrainConfig(
     name="prefix_tuning-paper",
     model=gpt2_medium,
     prefix=PrefixConfig(5, hidden=512),
-    data=replace(E2E, tokenizer=TokenizerConfig(kind="huggingface", path="data/gpt2/tokenizer.json"), batch_size=10, packing="none"),
+    data=replace(
+        table_text.E2E, tokenizer=TokenizerConfig(kind="huggingface", path="data/gpt2/tokenizer.json"), batch_size=10, packing="none"
+    ),
     optim=OptimConfig(
-        lr=8e-5, schedule=ScheduleConfig(kind="linear", end_ratio=0.0), weight_decay=0.0, b2=0.999, clip_norm=None, freeze=ONLY_PREFIX
+        lr=8e-5,
+        schedule=ScheduleConfig(kind="linear", end_ratio=0.0),
+        weight_decay=0.0,
+        b2=0.999,
+        clip_norm=None,
+        freeze=prefix.TRAIN_ONLY_PREFIX,
     ),
     mesh=MeshConfig(data=1),
     num_steps=21_030,  # 5 epochs of 42,061 references in batches of 10

@@ -19,6 +19,7 @@ from jaxllm.files import how_to_get, path_of
 from jaxllm.generate.writer import GenerateConfig, prepare
 from jaxllm.metrics import read_lines
 from jaxllm.pretrained import ONE_DEVICE, Pretrained
+from jaxllm.study import Run
 from jaxllm.surgery import adapters, subspace
 
 
@@ -55,6 +56,13 @@ def against_references(
     chosen = [json.loads(lines[int(i)]) for i in np.linspace(0, len(lines) - 1, min(num_prompts, len(lines)))]
     texts = written(pretrained.load(run_dir), [one["prompt"] for one in chosen], num_beams=num_beams)
     return overlap(texts, [one["references"] for one in chosen], scores)
+
+
+def table_to_text(run: Run) -> dict[str, float]:
+    """An `Arm.measure`: what a run writes for 100 tables of the dev set that it is evaluated on, and what must be kept of it."""
+    assert run.config is not None
+    dev = run.config.data.held_out[0].path.replace("_pairs", "")
+    return {**against_references(run.run_dir, dev), **saved_bytes(run.run_dir)}
 
 
 def trained_leaves(run_dir: Path) -> tuple[TrainConfig, Params]:

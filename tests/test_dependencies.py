@@ -98,7 +98,7 @@ OUTSIDE: dict[str, set[str]] = {
 NOT_IMPORTED = {
     "cli": {"__main__", "experiments/", "tools/"},
     "pretrain": {"study", "cli", "pretrained", "measures", "experiments/", "tools/", "tests/"},
-    "study": {"cli", "experiments/", "tools/", "tests/"},
+    "study": {"cli", "measures", "experiments/", "tools/", "tests/"},
     "pretrained": {"generate", "evaluate", "measures", "cli", "experiments/", "tools/", "tests/"},
     "generate": {"evaluate", "measures", "cli", "experiments/", "tools/", "tests/"},
     "evaluate": {"cli", "experiments/", "tools/", "tests/"},

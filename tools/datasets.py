@@ -27,7 +27,6 @@ import gzip
 import html.parser
 import itertools
 import json
-import os
 import re
 import sys
 import tarfile
@@ -39,7 +38,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxllm.config import ConfigError, nearest
-from jaxllm.files import files_in, new_folder, sync
+from jaxllm.files import cache_home, files_in, new_folder, sync
 from tools import origins, table_text
 from tools.origins import Origin
 
@@ -61,7 +60,7 @@ class DataSet:
 
 def data_folder() -> Path:
     """Where `tools.fetch` puts data sets: data/ in $JAXLLM_CACHE, or in ~/.cache/jaxllm."""
-    return Path(os.environ.get("JAXLLM_CACHE") or "~/.cache/jaxllm").expanduser() / "data"
+    return cache_home() / "data"
 
 
 def path(name: str, file: str = "") -> Path:

@@ -3,6 +3,7 @@
 writer.py    the flags, and the model made ready: prompts in, texts out
 command.py   the words of the command; one prompt; a chat
 files.py     a file of prompts, through interruptions
+timing.py    how long one step takes for given shapes
 """
 
 from jaxllm.generate.command import main, run_chat, run_prompt

@@ -11,6 +11,6 @@ figures.py   plots that stand alone
 command.py   the words of the command line
 """
 
-from jaxllm.study.values import Arm, Column, Figure, Ordering, Row, Run, Study
+from jaxllm.study.values import Arm, Column, Figure, Ordering, Row, Run, Study, starting_from
 
-__all__ = ["Arm", "Column", "Figure", "Ordering", "Row", "Run", "Study"]
+__all__ = ["Arm", "Column", "Figure", "Ordering", "Row", "Run", "Study", "starting_from"]

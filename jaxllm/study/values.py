@@ -39,6 +39,16 @@ def reseeded(config: TrainConfig, seed: int) -> TrainConfig:
     return replace(config, seed=seed)
 
 
+def starting_from(name: str) -> Callable[[Run], TrainConfig]:
+    """An `Arm.prepare`: the weights of the arm `name`, which must be among `Arm.needs`, start this one."""
+
+    def prepare(run: Run) -> TrainConfig:
+        assert run.config is not None
+        return replace(run.config, init_from=str(run.needs[name].run_dir))
+
+    return prepare
+
+
 @dataclass(frozen=True)
 class Arm:
     """One line of a study's table: what is trained, at which learning rates and seeds, and what is measured of it."""

@@ -17,16 +17,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm import tree
 from jaxllm.cli import setup_jax
 from jaxllm.config import ModelConfig
-from jaxllm.models.decoding import for_cpu
-from jaxllm.models.transformer import PRECISIONS, decoder
+from jaxllm.generate.timing import Step, decoding_step
 from jaxllm.surgery import resize
 
 
@@ -57,16 +54,8 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, {precision}, batch {args.batch}, {args.length} tokens in the cache, {args.layers} layers")
     print(f"{'heads':>5} {'cache MB':>9} {'weights MB':>10} {'GB/s':>6} {'bound ms':>9} {'step ms':>8} {'step / bound':>12}")
     for number in args.kv_heads:
-        step = stepper(replace(config, num_kv_heads=number), args.batch, args.length, precision, listed=on_cpu and not args.stacked)
+        step = decoding_step(replace(config, num_kv_heads=number), args.batch, args.length, precision, listed=on_cpu and not args.stacked)
         print(line(number, step, read, args.rounds), flush=True)
-
-
-class Step(NamedTuple):
-    """One decoding step, and what it reads."""
-
-    run: Callable[[], None]
-    weight_bytes: int
-    cache_bytes: int
 
 
 def line(number: int, step: Step, read: Callable[[], float], rounds: int) -> str:
@@ -105,42 +94,6 @@ def reader(gib: float) -> Callable[[], float]:
         return float(x.nbytes / min(laps))
 
     return read
-
-
-def stepper(config: ModelConfig, batch: int, length: int, precision: Any, *, listed: bool) -> Step:
-    """Greedy decoding of one token a row at the last position of a full cache.
-
-    Args:
-      listed: the layout that `jaxllm generate` takes on a CPU.
-    """
-    activation, operand = PRECISIONS[precision]
-    trained = jax.jit(decoder(config).init)(jax.random.key(0))
-    if listed:
-        lm, params = for_cpu(config, trained, precision)
-    else:
-        cast = lambda path, leaf: leaf.astype(operand) if path.endswith("/kernel") else leaf
-        lm, params = decoder(config, precision=precision), tree.map_with_path(cast, trained)
-    empty = lm.init_cache(batch, length)
-    full = lambda parts: tuple(jnp.full(part.shape, 0.5, part.dtype) for part in parts)
-    positions = tuple(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), part.shape) + 0 for part in empty.positions)
-    state = {
-        "tokens": jnp.zeros((batch,), jnp.int32),
-        "cache": replace(empty, keys=full(empty.keys), values=full(empty.values), positions=positions, empty=False),
-    }
-    last = jnp.full((batch, 1), length - 1, jnp.int32)
-
-    def decode(params: Any, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        out = lm.apply(params, tokens[:, None], positions=last, cache=cache)
-        return jnp.argmax(lm.unembed(params).logits(out.hidden[:, 0]), -1).astype(jnp.int32), out.cache
-
-    compiled = jax.jit(decode, donate_argnums=2)
-
-    def run() -> None:
-        state["tokens"], state["cache"] = compiled(params, state["tokens"], state["cache"])
-        state["tokens"].block_until_ready()
-
-    weights = {name: part for name, part in params.items() if name != "embed"}
-    return Step(run, tree.num_bytes(weights), resize.cache_bytes(config, batch, length, jnp.dtype(activation).itemsize))
 
 
 if __name__ == "__main__":
