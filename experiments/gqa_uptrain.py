@@ -34,7 +34,8 @@ from jaxllm.cli import experiment_main
 from jaxllm.config import DataConfig, OptimConfig, Precision, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
 from jaxllm.files import path_of
 from jaxllm.losses.annotate import teacher
-from jaxllm.losses.tokens import forward_kl, next_token
+from jaxllm.losses.divergences import forward_kl
+from jaxllm.losses.tokens import next_token
 from jaxllm.losses.vocab import over_vocab
 from jaxllm.step import Experiment, observe
 from jaxllm.study import Arm, Column, Ordering, Run, Study

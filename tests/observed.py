@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.contract import STUDENT, Batch, Obs, Unembedding
+from jaxllm.losses.vocab import over_vocab
 
 
 def batch_of(labels: Any, mask: Any = None, **changes: Any) -> Batch:
@@ -36,3 +38,13 @@ def observe(logits: Any, batch: Batch | None = None, **others: Any) -> Obs:
 def value(loss: Any, obs: Obs, params: Any = None) -> jax.Array:
     f = lambda obs: loss.update(obs, loss.init(params), loss.weigh(obs.batch))[0]
     return jax.jit(f)(obs)
+
+
+def alone(terms: dict[str, Any], **others: Any) -> Callable[..., dict[str, tuple[jax.Array, jax.Array]]]:
+    """(logits, batch) -> {name: (value, gradient with respect to logits)} of token losses, each alone; one program for all."""
+
+    def one(term: Any, logits: jax.Array, batch: Batch) -> Any:
+        return jax.value_and_grad(lambda x: value(over_vocab(loss=(1.0, term)), observe(x, batch, **others)))(logits)
+
+    run = jax.jit(lambda logits, batch: {name: one(term, logits, batch) for name, term in terms.items()})
+    return lambda logits, batch=None: run(jnp.asarray(logits, jnp.float32), batch or batch_of(np.zeros(np.shape(logits)[:2], int)))

@@ -18,7 +18,7 @@ from jaxllm import loop, pretrain, tree
 from jaxllm.config import MeshConfig, ScheduleConfig
 from jaxllm.contract import LM, Batch, Obs, Params
 from jaxllm.losses.annotate import teacher
-from jaxllm.losses.tokens import forward_kl
+from jaxllm.losses.divergences import forward_kl
 from jaxllm.losses.vocab import over_vocab
 from jaxllm.models.transformer import decoder
 from jaxllm.step import BASE, Experiment, Frozen, frozen_base, observe, state_factory, student_params

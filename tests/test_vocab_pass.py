@@ -18,7 +18,8 @@ from jaxllm.contract import STUDENT, Obs, Unembedding, dot_in
 from jaxllm.losses import vocab
 from jaxllm.losses.annotate import teacher
 from jaxllm.losses.core import as_loss_fn
-from jaxllm.losses.tokens import TopK, accuracy, forward_kl, next_token, soft_ce, z_loss
+from jaxllm.losses.divergences import TopK, forward_kl, soft_ce
+from jaxllm.losses.tokens import accuracy, next_token, z_loss
 from jaxllm.losses.vocab import over_vocab
 from tests import hlo
 from tests.observed import batch_of, random_batch, value

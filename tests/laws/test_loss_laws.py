@@ -19,7 +19,7 @@ import optax
 import pytest
 
 from jaxllm.contract import STUDENT, Batch, Obs, Unembedding
-from jaxllm.losses import sequence, tokens
+from jaxllm.losses import divergences, sequence, tokens
 from jaxllm.losses.annotate import teacher
 from jaxllm.losses.core import LossTransform, adaptive, masked, partition, scale, total
 from jaxllm.losses.vocab import over_vocab
@@ -46,7 +46,7 @@ def make_batch(seed: int = 0) -> Batch:
     logp = np.log(rng.dirichlet(np.ones(K + 1), size=(B, T)))
     ids = np.stack([np.stack([rng.permutation(V)[:K] for _ in range(T)]) for _ in range(B)])
     logp[0, 1, 1] = -np.inf  # an unused entry
-    top = tokens.TopK(ids.astype(np.int32), logp[..., :K].astype(np.float32), (1 - np.exp(logp[..., :K]).sum(-1)).astype(np.float32))
+    top = divergences.TopK(ids.astype(np.int32), logp[..., :K].astype(np.float32), (1 - np.exp(logp[..., :K]).sum(-1)).astype(np.float32))
     return Batch(
         tokens=rng.integers(0, V, (B, T)).astype(np.int32),
         labels=rng.integers(0, V, (B, T)).astype(np.int32),
@@ -137,6 +137,47 @@ def n_top_k(s: Any, t: Any, tail: str) -> np.ndarray:
     return out
 
 
+def n_events(s: Any, t: Any, tail: str, f: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Sum of f(p, q) over events: V tokens, or for tail 'rest' the named ones and all others together."""
+    out = np.zeros((s.b.tokens.shape[0], T))
+    q_all = np.exp(log_softmax(s.logits))
+    for i, j in np.ndindex(out.shape):
+        named = {}
+        for token, logp in zip(s.b.extras["fused/ids"][i, j], s.b.extras["fused/logp"][i, j].astype(np.float64), strict=True):
+            if np.isfinite(logp):
+                named[token] = named.get(token, 0.0) + np.exp(logp)
+        others = [v for v in range(V) if v not in named]
+        left = float(s.b.extras["fused/tail"][i, j])
+        if tail == "rest":
+            p, q = [*named.values(), left], [*(q_all[i, j, v] for v in named), q_all[i, j, others].sum()]
+        else:
+            p = [*named.values(), *(left / len(others) for _ in others)]
+            q = [q_all[i, j, v] for v in (*named, *others)]
+        out[i, j] = f(np.array(p), np.array(q)).sum()
+    return out
+
+
+def n_dense(s: Any, t: Any, f: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    return f(np.exp(log_softmax(t.logits)), np.exp(log_softmax(s.logits))).sum(-1)
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return p * np.log(p / q)
+
+
+def back(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return kl(q, p)
+
+
+def js(p: np.ndarray, q: np.ndarray, beta: float = 0.3) -> np.ndarray:
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def variation(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return abs(p - q) / 2
+
+
 def n_cosine(s: Any, t: Any) -> np.ndarray:
     a, b = s.embedded, t.hidden
     return 1 - (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
@@ -186,7 +227,7 @@ def from_source(batch: Any, source: int) -> np.ndarray:
 
 
 def instruct(chunk: int) -> LossTransform:
-    distil = over_vocab(chunk, loss=(1.0, tokens.forward_kl("teacher")))
+    distil = over_vocab(chunk, loss=(1.0, divergences.forward_kl("teacher")))
     return partition("source", text=over_vocab(chunk, ce=(1.0, tokens.next_token())), distil=scale(27.8, distil))
 
 
@@ -198,21 +239,30 @@ def n_instruct(s: Any, t: Any) -> float:
 def minitron(chunk: int) -> LossTransform:
     alpha = lambda means: means["logits"].value / means["states"].value
     states = sequence.cosine(sequence.states(tap="stream", layer=0), sequence.states("teacher"))
-    return total(logits=over_vocab(chunk, loss=(1.0, tokens.forward_kl("teacher"))), states=adaptive(alpha, states, initial=2.0))
+    return total(logits=over_vocab(chunk, loss=(1.0, divergences.forward_kl("teacher"))), states=adaptive(alpha, states, initial=2.0))
 
 
 CASES: dict[str, Case] = {
     "next_token": per_token(tokens.next_token, n_ce),
     "label_smoothing": per_token(lambda: tokens.next_token(0.2), n_ce, 0.2),
     "z_loss": per_token(tokens.z_loss, n_z),
-    "forward_kl": per_token(lambda: tokens.forward_kl("teacher"), n_forward),
-    "forward_kl_t2": per_token(lambda: tokens.forward_kl("teacher", 2.0), n_forward, 2.0, 4.0),
-    "forward_kl_t2_plain": per_token(lambda: tokens.forward_kl("teacher", 2.0, times_t_squared=False), n_forward, 2.0, 1.0),
-    "reverse_kl": per_token(lambda: tokens.reverse_kl("teacher", 1.5), n_reverse, 1.5),
-    "soft_ce": per_token(lambda: tokens.soft_ce("teacher"), lambda s, t: -(np.exp(log_softmax(t.logits)) * log_softmax(s.logits)).sum(-1)),
-    "top_k_drop": per_token(lambda: tokens.soft_ce("fused", "drop"), n_top_k, "drop"),
-    "top_k_renormalise": per_token(lambda: tokens.soft_ce("fused"), n_top_k, "renormalise"),
-    "top_k_uniform": per_token(lambda: tokens.soft_ce("fused", "uniform"), n_top_k, "uniform"),
+    "forward_kl": per_token(lambda: divergences.forward_kl("teacher"), n_forward),
+    "forward_kl_t2": per_token(lambda: divergences.forward_kl("teacher", 2.0), n_forward, 2.0, 4.0),
+    "forward_kl_t2_plain": per_token(lambda: divergences.forward_kl("teacher", 2.0, times_t_squared=False), n_forward, 2.0, 1.0),
+    "reverse_kl": per_token(lambda: divergences.reverse_kl("teacher", 1.5), n_reverse, 1.5),
+    "soft_ce": per_token(
+        lambda: divergences.soft_ce("teacher"), lambda s, t: -(np.exp(log_softmax(t.logits)) * log_softmax(s.logits)).sum(-1)
+    ),
+    "top_k_drop": per_token(lambda: divergences.soft_ce("fused", "drop"), n_top_k, "drop"),
+    "top_k_renormalise": per_token(lambda: divergences.soft_ce("fused"), n_top_k, "renormalise"),
+    "top_k_uniform": per_token(lambda: divergences.soft_ce("fused", "uniform"), n_top_k, "uniform"),
+    "jensen_shannon": per_token(lambda: divergences.jensen_shannon("teacher", 0.3), n_dense, js),
+    "total_variation": per_token(lambda: divergences.total_variation("teacher"), n_dense, variation),
+    "top_k_kl_rest": per_token(lambda: divergences.forward_kl("fused", tail="rest"), n_events, "rest", kl),
+    "top_k_reverse_rest": per_token(lambda: divergences.reverse_kl("fused"), n_events, "rest", back),
+    "top_k_reverse_uniform": per_token(lambda: divergences.reverse_kl("fused", tail="uniform"), n_events, "uniform", back),
+    "top_k_jensen_shannon": per_token(lambda: divergences.jensen_shannon("fused", 0.3), n_events, "rest", js),
+    "top_k_total_variation": per_token(lambda: divergences.total_variation("fused"), n_events, "rest", variation),
     "optax_ids": per_token(lambda: tokens.from_optax(optax.losses.softmax_cross_entropy_with_integer_labels), n_ce),
     "optax_one_hot": per_token(lambda: tokens.from_optax(optax.losses.softmax_cross_entropy, one_hot=True), n_ce),
     "mse": Case(
