@@ -253,7 +253,7 @@ def load_params(
     Raises:
       ConfigError: no checkpoint there, none that is whole, or other params (with what differs).
     """
-    listed = _on_first(lambda: [os.fspath(path) for path in manifest.candidates(folder)], f"read {folder}", epath.Path(folder))
+    listed = _on_first(lambda: [os.fspath(path) for path in manifest.candidates(folder)], f"read {folder}", epath.Path(path_of(folder)))
     for candidate in map(epath.Path, listed):
         problems = _shared_problems(candidate)
         if not problems:

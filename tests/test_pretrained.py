@@ -94,6 +94,12 @@ def test_training_starts_from_it(folder: Path):
         pretrain.starting_params(replace(config, model=replace(CONFIG, width=32)), decoder(replace(CONFIG, width=32)), mesh)
 
 
+def test_training_starts_from_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JAXLLM_CACHE", str(folder.parent))
+    config = TrainConfig(model=CONFIG, init_from="cache://model", optim=OptimConfig())
+    assert same(pretrain.starting_params(config, decoder(CONFIG), sharding.make_mesh(MeshConfig(data=1))), random_params())
+
+
 def test_a_run_of_ours_is_loaded_with_its_averages(tmp_path: Path):
     """What the trainer writes: Orbax's store, several branches of a state, the tokenizer beside it."""
     averaged, trained = random_params(seed=1), random_params(seed=2)
