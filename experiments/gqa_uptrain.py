@@ -8,7 +8,7 @@ GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpo
 What differs here. The paper has T5 Large and XXL with 1M steps of pre-training; `small` has configs/base.py's 5.9 M parameters with 1,200
 steps, `real` SmolLM2-135M, whose original steps are too many to name a share of (its arms name tokens). A decoder alone, so there is no
 encoder to leave as it is. `svd` is ours: each new head with a linear map to each old one (jaxllm/surgery/resize.py). The KL term is ours
-too. The rate is constant, as T5's is at its end.
+too. The rate is constant and that of the last step before, as T5's.
 
     jaxllm train configs/base.py                  the model before
     python -m tools.fetch wikitext2-valid         for evaluation only
@@ -49,7 +49,7 @@ WIKITEXT = SourceConfig(kind="text", path="cache://data/wikitext2-valid/text")
 uptraining = replace(
     base.config,
     name="gqa-small",
-    optim=OptimConfig(lr=1e-3, schedule=ScheduleConfig(kind="constant", warmup_steps=5)),
+    optim=OptimConfig(lr=3e-4, schedule=ScheduleConfig(kind="constant", warmup_steps=5)),  # the rate that the base ended with
     num_steps=round(ALPHA * base.config.num_steps),
     eval_every=round(ALPHA * base.config.num_steps / 10),
     save_every=round(ALPHA * base.config.num_steps),

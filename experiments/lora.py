@@ -87,8 +87,10 @@ def methods(config: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
-WHICH = {"q": 8, "k": 8, "v": 8, "o": 8, "[qk]": 4, "[qkvo]": 2}
-RANKS = (1, 2, 8, 64)
+# Three seeds where an order is expected, one elsewhere.
+THREE, ONE = (0, 1, 2), (0,)
+WHICH = {"q": (8, ONE), "k": (8, ONE), "v": (8, ONE), "o": (8, ONE), "[qk]": (4, THREE), "[qkvo]": (2, ONE)}
+RANKS = {1: THREE, 2: ONE, 8: THREE, 64: ONE}
 COLUMNS = (
     Column("loss", "held-out loss"), Column("bleu", "BLEU", better="higher", digits=1), Column("nist", "NIST", better="higher", digits=2),
     Column("rouge_l", "ROUGE-L", better="higher"), Column("cider", "CIDEr", better="higher", digits=2),
@@ -111,11 +113,11 @@ small = Study(
     arms=(
         *(Arm(name, config, rates=RATES[name], measure=measures.table_to_text) for name, config in methods(tuning).items()),
         *(
-            Arm(f"{where.strip('[]')}, r {rank}", adapted(tuning, lora(rank, where=where)), rate_of="LoRA q, v, r 4")
-            for where, rank in WHICH.items()
+            Arm(f"{where.strip('[]')}, r {rank}", adapted(tuning, lora(rank, where=where)), rate_of="LoRA q, v, r 4", seeds=seeds)
+            for where, (rank, seeds) in WHICH.items()
         ),
-        *(Arm(f"q, v, r {rank}", adapted(tuning, lora(rank)), rate_of="LoRA q, v, r 4") for rank in RANKS),
-        Arm("subspaces of r 8 and r 64", measure=subspaces, needs=("q, v, r 8", "q, v, r 64")),
+        *(Arm(f"q, v, r {rank}", adapted(tuning, lora(rank)), rate_of="LoRA q, v, r 4", seeds=seeds) for rank, seeds in RANKS.items()),
+        Arm("subspaces of r 8 and r 64", measure=subspaces, needs=("q, v, r 8", "q, v, r 64"), seeds=(0,)),
     ),
     columns=COLUMNS,
     orderings=(

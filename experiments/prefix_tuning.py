@@ -9,7 +9,7 @@ What differs here. Models and token budgets are those of experiments/lora.py: 5.
 place of GPT-2 medium, a minute or twenty an arm in the place of five epochs. The MLP's hidden width is 128 where the paper's is 512 (the
 base is a quarter as wide). The text's positions start after the prefix, as where a prefix came first. WebNLG is not here: categories
 that were never trained on are E2E tables with Chinese food, which are left out of train; DART's dev set, cut into 80 % and 20 % of its
-tables, is the second data set. In runs with 50 to 500 examples the states start from the activations of words, as in the paper.
+tables, is the second data set. In runs with 50 to 200 examples the states start from the activations of words, as in the paper.
 Fine-tuning has a learning-rate search of as many rates.
 
     python -m tools.fetch e2e-nlg && python -m tools.fetch dart
@@ -125,7 +125,8 @@ def infix(config: TrainConfig, length: int) -> TrainConfig:
     return with_prefix(config, length, place="infix", separator=int(ids[-1]))
 
 
-LENGTHS = (1, 4, 16)
+LENGTHS = {1: (0, 1, 2), 4: (0,), 16: (0,)}
+"""Three seeds where an order is expected, one elsewhere."""
 small = Study(
     name="prefix_tuning-small",
     title=TITLE,
@@ -135,13 +136,13 @@ small = Study(
         Arm("prefix 8, states", with_prefix(tuning, 8), rates=STATE_RATES, measure=measures.table_to_text),
         Arm("embedding-only 8", with_prefix(tuning, 8, place="embedding"), rates=STATE_RATES, measure=measures.table_to_text),
         Arm("infix 8, states", infix(tuning, 8), rate_of="prefix 8, states", measure=measures.table_to_text),
-        *(Arm(f"prefix {n}, states", with_prefix(tuning, n), rate_of="prefix 8, states") for n in LENGTHS),
+        *(Arm(f"prefix {n}, states", with_prefix(tuning, n), rate_of="prefix 8, states", seeds=seeds) for n, seeds in LENGTHS.items()),
         Arm("from related words", with_prefix(tuning, 8, init_text=RELATED), rate_of="prefix 8, states"),
         Arm("from unrelated words", with_prefix(tuning, 8, init_text=UNRELATED), rate_of="prefix 8, states"),
-        *(Arm(f"full, {n} examples", tuning, rate_of="full", vary=few(n)) for n in (50, 100, 200, 500)),
+        *(Arm(f"full, {n} examples", tuning, rate_of="full", vary=few(n)) for n in (50, 100, 200)),
         *(
             Arm(f"prefix, {n} examples", with_prefix(tuning, 8, init_text=RELATED), rate_of="prefix 8, states", vary=few(n))
-            for n in (50, 100, 200, 500)
+            for n in (50, 100, 200)
         ),
         Arm("unseen: full", tuning, rate_of="full", vary=unseen),
         Arm("unseen: prefix 8 by MLP", with_prefix(tuning, 8, hidden=128), rate_of=BEST, vary=unseen),

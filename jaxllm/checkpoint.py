@@ -15,6 +15,7 @@ import errno
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -238,7 +239,7 @@ class Checkpointer:
 
 
 def load_params(
-    folder: epath.PathLike, template: tree.Tree, branches: Sequence[str] = ("trainable", "frozen"), say: Say = print
+    folder: epath.PathLike, template: tree.Tree, branches: Sequence[str] = ("trainable", "frozen"), say: Say = print, left_out: str = ""
 ) -> Restored:
     """Params alone, from the newest whole checkpoint: to generate, evaluate, or start another run.
 
@@ -249,6 +250,7 @@ def load_params(
       template: nested dict of `jax.ShapeDtypeStruct`; floating types are cast to the template's.
       branches: the state's fields that hold params; each leaf comes from the first that has it
         (`('ema', 'trainable', 'frozen')` takes the averages).
+      left_out: pattern of leaves that the checkpoint may hold besides.
 
     Raises:
       ConfigError: no checkpoint there, none that is whole, or other params (with what differs).
@@ -257,7 +259,7 @@ def load_params(
     for candidate in map(epath.Path, listed):
         problems = _shared_problems(candidate)
         if not problems:
-            return _restore(candidate, template, branches)
+            return _restore(candidate, template, branches, left_out)
         if jax.process_index() == 0:
             say(f"checkpoint {candidate} is damaged ({manifest.few(problems)}); trying the one before")
     raise ConfigError(f"every checkpoint in {folder} is damaged; verify() lists what differs")
@@ -380,7 +382,7 @@ def _handler() -> Any:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
 
-def _restore(folder: epath.Path, template: PyTree, branches: Sequence[str] | None = None) -> Restored:
+def _restore(folder: epath.Path, template: PyTree, branches: Sequence[str] | None = None, left_out: str = "") -> Restored:
     """Read the leaves that `template` asks for, after comparing all of them with what was saved.
 
     Args:
@@ -392,6 +394,7 @@ def _restore(folder: epath.Path, template: PyTree, branches: Sequence[str] | Non
     if branches is not None:
         inside = [(path.removeprefix(f"{branch}/"), path) for branch in branches for path in saved if path.startswith(f"{branch}/")]
         origin = dict(reversed(inside))  # the first branch that has a leaf wins
+        origin = {path: source for path, source in origin.items() if not re.fullmatch(left_out, path)}
     wanted = _leaves(template)
     given = {path: saved[source] for path, source in origin.items()}
     if lines := _differences({path: _spec(leaf) for path, leaf in wanted.items()}, given, record["num_vocab"], branches is not None):

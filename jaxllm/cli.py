@@ -1,4 +1,4 @@
-"""`jaxllm train | plan | generate | eval | report | init`: the command line.
+"""`jaxllm train | plan | generate | eval | teach | report | init`: the command line.
 
 A user's mistake is one line and exit code 2; --traceback shows where.
 """
@@ -30,6 +30,7 @@ USAGE = """usage: jaxllm COMMAND …
   jaxllm plan TARGET --topology v5e:16x16 what it would take on a machine that is not here; --gpus h100:8x16
   jaxllm generate CHECKPOINT --prompt "…" continue prompts, or --chat, or --file prompts.jsonl
   jaxllm eval CHECKPOINT --tasks …        measure: perplexity, multiple choice, generation; --harness for lm-eval's tasks
+  jaxllm teach TEACHER TARGET OUT         write what a teacher expects at every position of a configuration's text
   jaxllm report RUN_DIR                   write RUN_DIR/report.html again
   jaxllm init [DIR]                       copy the configurations and experiments into DIR, to start from
 
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "plan": plan,
         "generate": generate,
         "eval": evaluate,
+        "teach": teach,
         "report": report,
         "init": init,
     }
@@ -227,6 +229,13 @@ def evaluate(words: list[str]) -> int:
     from jaxllm import evaluate
 
     return evaluate.main(words)
+
+
+def teach(words: list[str]) -> int:
+    """Write a teacher's predictions, to be distilled from later."""
+    from jaxllm import teach
+
+    return teach.main(words, lambda target: load_target(target)[0])
 
 
 def report(words: list[str]) -> int:

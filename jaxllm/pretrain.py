@@ -30,6 +30,7 @@ from jaxllm.losses.tokens import next_token, z_loss
 from jaxllm.losses.vocab import View, over_vocab
 from jaxllm.models.attention_kernels import chosen
 from jaxllm.models.generate import complete, generator, sampler
+from jaxllm.models.heads import TRAINING_ONLY
 from jaxllm.models.transformer import PRECISIONS, decoder
 from jaxllm.step import Experiment, Forward, observe
 from jaxllm.surgery import adapters, bitnet, bottleneck, prefix
@@ -95,15 +96,15 @@ def experiment(
     loss: LossTransform | None = None,
     prompts: Sequence[str] = PROMPTS,
 ) -> Experiment:
-    """Pre-training, or fine-tuning with `config.init_from`.
+    """Pre-training, fine-tuning with `config.init_from`, or learning from the teachers of `config.distill`.
 
     Args:
       precision: out of `choose_precision`.
-      loss: None means `next_token_loss(config)`.
+      loss: None means `next_token_loss(config)`, or `distill.loss`, which is the one taken where there are teachers.
       prompts: what samples continue.
     """
     lm = language_model(config, precision)
-    return Experiment(
+    made = Experiment(
         config=config,
         lm=lm,
         loss=loss or next_token_loss(config),
@@ -114,6 +115,11 @@ def experiment(
         sample=partial(samples, lm, prompts),
         finish=baselines,
     )
+    if not config.distill.on:
+        return made
+    from jaxllm import distill
+
+    return distill.experiment(made, precision)
 
 
 def language_model(config: TrainConfig, precision: Precision) -> LM:
@@ -163,7 +169,7 @@ def warming_up(config: TrainConfig, forward: Callable[..., Obs]) -> Forward:
     return forward_at
 
 
-ADDED = rf"{adapters.LEAVES}|{bottleneck.LEAVES}|{prefix.LEAVES}"
+ADDED = rf"{adapters.LEAVES}|{bottleneck.LEAVES}|{prefix.LEAVES}|{TRAINING_ONLY}"
 """Leaves that start fresh where the weights come from a run without them."""
 
 
@@ -196,7 +202,7 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
         )
     inherited, fresh = tree.partition(template, lambda path: path in their_paths or not re.fullmatch(ADDED, path))
     trained, frozen = tree.partition(inherited, partial(optim.trainable, parent.optim))
-    params = checkpoint.load_params(config.init_from, trained).state
+    params = checkpoint.load_params(config.init_from, trained, left_out=TRAINING_ONLY).state
     if frozen:
         rundir.check_parent(rundir.read_json(rundir.root_of(path_of(config.init_from)) / "config.json"), parent.init_from)
         rest = starting_params(parent, theirs, mesh) if parent.init_from else theirs.init(jax.random.key(parent.seed))

@@ -26,6 +26,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxllm import checkpoint, checkpoint_slices, optim, pretrain, rundir, sharding, tree
 from jaxllm.config import (
     ConfigError,
+    DistillConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
@@ -42,6 +43,7 @@ from jaxllm.files import cache_home, new_folder, path_of
 from jaxllm.interop.layout import VOCAB_PATHS, leaf_shapes
 from jaxllm.interop.stored import Lazy
 from jaxllm.models.decoding import for_cpu
+from jaxllm.models.heads import TRAINING_ONLY
 from jaxllm.models.transformer import decoder
 from jaxllm.surgery import adapters, prefix
 
@@ -111,17 +113,29 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, precision: Precision |
     folder = path_of(folder).expanduser()
     train = _train_config(folder)
     mesh = sharding.make_mesh(ONE_DEVICE) if mesh is None else mesh
-    if precision is None:
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    precision = _precision() if precision is None else precision
     params = _load_params(folder, train, mesh, precision if train.bitnet.kind == "none" else "float32")  # rounded, latents are others
-    kept = train.prefix
-    if kept.length:
-        params, kept = prefix.materialise(params, decoder(train.model, precision=precision), kept)
-    one_bit = replace(train.bitnet, activation_scale="token", warm_start_steps=0)  # what others are in the batch changes nothing
-    train = replace(train, lora=LoraConfig(), prefix=kept, bitnet=one_bit, remat="none")
-    lm = pretrain.language_model(train, precision)
+    if train.prefix.length:
+        params, _ = prefix.materialise(params, decoder(train.model, precision=precision), train.prefix)
     tokenizer, template, stop_ids = load_text(folder)
-    return Pretrained(train.model, lm, params, tokenizer, template, stop_ids, train)
+    train = _for_use(train)
+    return Pretrained(train.model, pretrain.language_model(train, precision), params, tokenizer, template, stop_ids, train)
+
+
+def lm_of(folder: str | Path, precision: Precision | None = None) -> LM:
+    """The functions of the model that `load` loads, without its weights."""
+    return pretrain.language_model(_for_use(_train_config(path_of(folder).expanduser())), _precision() if precision is None else precision)
+
+
+def _precision() -> Precision:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _for_use(train: TrainConfig) -> TrainConfig:
+    """The config of a run as its model is used: deltas folded in, a prefix that is its states, and what only training needs left out."""
+    kept = prefix.materialised(train.prefix) if train.prefix.length else train.prefix
+    one_bit = replace(train.bitnet, activation_scale="token", warm_start_steps=0)  # what others are in the batch changes nothing
+    return replace(train, lora=LoraConfig(), prefix=kept, bitnet=one_bit, distill=DistillConfig(), remat="none")
 
 
 def model_config(folder: str | Path) -> ModelConfig:
@@ -197,7 +211,7 @@ def _load_params(folder: Path, train: TrainConfig, mesh: Mesh, precision: Precis
         params = adapters.merge(params, train.lora) if train.lora.rules else params
         return tree.map_with_path(lambda path, leaf: leaf.astype(_dtype(path, leaf.dtype, precision)), params)
     template = jax.tree.map(lambda s, dtype, w: jax.ShapeDtypeStruct(s.shape, dtype, sharding=w), shapes, dtypes, where)
-    return checkpoint.load_params(folder, template, ("ema", "trainable", "frozen")).state
+    return checkpoint.load_params(folder, template, ("ema", "trainable", "frozen"), left_out=TRAINING_ONLY).state
 
 
 def _dtype(path: str, own: Any, precision: Precision) -> Any:

@@ -204,6 +204,7 @@ def record(config: TrainConfig, precision: str, folder: Path) -> None:
                 "hash": configs.config_hash(config),
                 "parent": config.init_from or None,
                 "parent_fingerprint": manifest.fingerprint(path_of(config.init_from)) if config.init_from else None,
+                "teachers": {path: manifest.fingerprint(path_of(path)) for path, _ in config.distill.teachers},
                 "precision": precision,
                 "config": configs.to_dict(config),
             },
@@ -231,6 +232,21 @@ def check_parent(record: dict[str, Any], init_from: str) -> None:
             f"the run {record['name']} began from the weights {was} in {init_from}, and there are others now ({now}): its adapters and "
             "trained parts do not fit them; bring the old weights back, or train again"
         )
+
+
+def check_teachers(config: TrainConfig) -> None:
+    """Refuse to go on with a run whose teachers have become others.
+
+    Raises:
+      ConfigError: says which, and which weights they were.
+    """
+    for path, was in recorded(config).get("teachers", {}).items():
+        now = manifest.fingerprint(path_of(path))
+        if now != was:
+            raise ConfigError(
+                f"this run began with the teacher {was} in {path}, and there are other weights now ({now}); bring the old ones back, or "
+                "start anew with another --run_dir"
+            )
 
 
 def _check_same(config: TrainConfig, folder: Path) -> None:

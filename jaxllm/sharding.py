@@ -56,6 +56,7 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r".*/adapter_(down|up)", ()),
     (r"prefix/(keys|values)", (None, None, "model", None)),
     (r"prefix/.*", ()),
+    (r"projections/kernel", (None, "data", "model")),
     (r".*/(scale|bias)", ()),
 )
 

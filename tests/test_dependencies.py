@@ -66,6 +66,8 @@ ROOMS: dict[str, set[str]] = {
     "generate": EVERYTHING,
     "evaluate": EVERYTHING,
     "measures": EVERYTHING,
+    "distill": EVERYTHING,
+    "teach": EVERYTHING,
     "study": {
         "config",
         "files",
@@ -97,12 +99,14 @@ OUTSIDE: dict[str, set[str]] = {
 
 NOT_IMPORTED = {
     "cli": {"__main__", "experiments/", "tools/"},
-    "pretrain": {"study", "cli", "pretrained", "measures", "experiments/", "tools/", "tests/"},
+    "pretrain": {"study", "cli", "pretrained", "measures", "distill", "experiments/", "tools/", "tests/"},
     "study": {"cli", "measures", "experiments/", "tools/", "tests/"},
-    "pretrained": {"generate", "evaluate", "measures", "cli", "experiments/", "tools/", "tests/"},
+    "pretrained": {"generate", "evaluate", "measures", "distill", "teach", "cli", "experiments/", "tools/", "tests/"},
     "generate": {"evaluate", "measures", "cli", "experiments/", "tools/", "tests/"},
     "evaluate": {"cli", "experiments/", "tools/", "tests/"},
     "measures": {"experiments/", "tools/", "tests/"},
+    "distill": {"pretrain", "experiments/", "tools/", "tests/"},
+    "teach": {"cli", "experiments/", "tools/", "tests/"},
 }
 """Room -> who alone may import it, whatever else is allowed."""
 

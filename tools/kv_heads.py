@@ -77,7 +77,7 @@ def command(checkpoint: str, out: str, options: Options) -> None:
         chat_template=template,
         stop_ids=stop_ids,
         source=source,
-        files=_travelling(origin),
+        files=travelling(origin),
         mesh=options.mesh,
     )
     for line in table(errors):
@@ -168,7 +168,7 @@ def _fresh(path: str, shape: tuple[int, ...], config: ModelConfig, key: jax.Arra
     return np.stack(parts).astype(dtype) if parts else np.empty([part.stop - part.start for part in index], dtype)
 
 
-def _travelling(origin: hf_export.Origin) -> list[Path]:
+def travelling(origin: hf_export.Origin) -> list[Path]:
     """The source's files that still hold: not its card, whose numbers are another model's."""
     dropped = {"README.md", pretrained.CONVERSION}
     return sorted(path for path in origin.folder.iterdir() if path.is_file() and path.name not in dropped) if origin.folder else []

@@ -13,6 +13,7 @@ from __future__ import annotations
 from jaxllm.config.adapters import BottleneckConfig, LoraConfig, PrefixConfig
 from jaxllm.config.bitnet import BitnetConfig
 from jaxllm.config.data import DataConfig, SourceConfig, TokenizerConfig
+from jaxllm.config.distill import DistillConfig
 from jaxllm.config.errors import ConfigError, check_choices, nearest, nearest_divisors
 from jaxllm.config.model import LayerKind, ModelConfig, RopeConfig
 from jaxllm.config.train import (
@@ -35,6 +36,7 @@ __all__ = [
     "BottleneckConfig",
     "ConfigError",
     "DataConfig",
+    "DistillConfig",
     "LayerKind",
     "LoraConfig",
     "LossConfig",

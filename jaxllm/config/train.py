@@ -9,6 +9,7 @@ from typing import Literal
 from jaxllm.config.adapters import BottleneckConfig, LoraConfig, PrefixConfig
 from jaxllm.config.bitnet import BitnetConfig
 from jaxllm.config.data import DataConfig
+from jaxllm.config.distill import DistillConfig
 from jaxllm.config.errors import ConfigError, check_choices
 from jaxllm.config.model import ModelConfig
 
@@ -150,6 +151,7 @@ class TrainConfig:
     bitnet: BitnetConfig = BitnetConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
+    distill: DistillConfig = DistillConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     spike: SpikeConfig = SpikeConfig()

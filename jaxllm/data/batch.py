@@ -14,8 +14,10 @@ Face stream (`stream.py`) is the exception.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import grain
@@ -29,14 +31,15 @@ from jaxllm.config import ConfigError, DataConfig
 from jaxllm.contract import Batch
 from jaxllm.data import cache as caching
 from jaxllm.data import tokenizer as tokenizers
-from jaxllm.data.corpus import sample, tokenise
+from jaxllm.data.corpus import Corpus, sample, tokenise
 from jaxllm.data.held_out import HeldOut, Window
 from jaxllm.data.packing import combine
 from jaxllm.data.position import Position
 from jaxllm.data.ramp import Ramp
-from jaxllm.data.rows import Arrays, PackedCorpus, Rows, Steps
+from jaxllm.data.rows import EXTRAS, Arrays, PackedCorpus, Rows, Steps
 from jaxllm.data.source import Source, open_source
 from jaxllm.data.stream import Head, Stream, assemble
+from jaxllm.data.taught import open_taught
 from jaxllm.data.tokenizer import Tokenizer
 
 _NUM_READ_AHEAD = 8
@@ -67,7 +70,10 @@ class Dataset:
         self.config, self.tokenizer = config, tokenizer
         self._sources, self._held, self._rows, self._seed = sources, held, rows, seed
         self._ramp = Ramp(config)
-        self.fingerprint = caching.key([source.fingerprint for source in (*sources, *held.sources)], tokenizer.fingerprint)
+        stored = {name: asdict(corpora[0].meta) for name, corpora in rows.taught.items()} if rows else {}
+        self.fingerprint = caching.key(
+            [source.fingerprint for source in (*sources, *held.sources)], tokenizer.fingerprint, *([stored] if stored else [])
+        )
 
     def batch_size(self, batch_id: int) -> int:
         """Rows of a global batch."""
@@ -117,8 +123,8 @@ class Dataset:
     # -------------------------------------------------------------------------------- evaluation
 
     def held_out(self, batch_size: int, rows: RowsOf | None = None) -> Iterator[Batch]:
-        """Evaluation batches: every held-out prediction once, in order; the last is filled up with rows of loss_mask 0."""
-        return (_batch(arrays) for arrays in self._held.batches(batch_size, rows))
+        """Evaluation batches: every held-out prediction once; the last is filled up with rows of loss_mask 0."""
+        return (as_batch(arrays) for arrays in self._held.batches(batch_size, rows))
 
     def held_out_texts(self) -> Iterator[str]:
         """The held-out documents."""
@@ -127,6 +133,17 @@ class Dataset:
     def train_texts(self) -> Iterator[str]:
         """The training documents, mixed from all parts of each source."""
         return sample(self._sources, self.config.held_out_fraction if not self.config.held_out else 0.0)
+
+    @property
+    def corpora(self) -> list[Corpus]:
+        """The tokenised training sources.
+
+        Raises:
+          ConfigError: a stream, which has none.
+        """
+        if self._rows is None:
+            raise ConfigError("an hf_stream source is not tokenised as a whole; save it as JSON lines, and use a jsonl source")
+        return [packed.corpus for packed in self._rows.packed]
 
     @property
     def held_out_windows(self) -> list[Window]:
@@ -185,7 +202,7 @@ def _items(reading: list[grain.DatasetIterator], position: Position) -> Iterator
     try:
         while reading:
             arrays, reader = next(reading[0])
-            batch = _batch(arrays)
+            batch = as_batch(arrays)
             del arrays
             following = position.following(reader)
             yield Item(position.batch_id, batch, following)
@@ -200,10 +217,12 @@ def _stop(reading: list[grain.DatasetIterator]) -> None:
         reading.pop().close()
 
 
-def _batch(arrays: Arrays) -> Batch:
+def as_batch(arrays: Arrays) -> Batch:
+    """Arrays as a Batch, NumPy's."""
     # A worker process hands over views of shared memory; copies let go of it at once.
     copied = {name: np.array(array) if type(array) is not np.ndarray else array for name, array in arrays.items()}
-    return Batch(**cast(dict[str, Any], copied))
+    extras = {name.removeprefix(EXTRAS): copied.pop(name) for name in [*copied] if name.startswith(EXTRAS)}
+    return Batch(**cast(dict[str, Any], copied), extras=cast(dict[str, Any], extras))
 
 
 def to_global(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
@@ -225,18 +244,23 @@ def to_global(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
 # ------------------------------------------------------------------------------------------- load
 
 
-def load(config: DataConfig, *, seed: int, say: Callable[[str], None] = lambda line: None) -> Dataset:
+def load(
+    config: DataConfig, *, seed: int, say: Callable[[str], None] = lambda line: None, taught: Mapping[str, str] = MappingProxyType({})
+) -> Dataset:
     """Open the sources, tokenise what is not in the cache, and plan the first epoch.
 
     Args:
       seed: of the order of documents and rows.
       say: told what takes time.
+      taught: folders of `jaxllm teach` by name: `Batch.extras` has NAME/ids, NAME/logp and NAME/tail of each training position.
 
     Raises:
       ConfigError: any fault of the data, with the fix.
     """
     cache = caching.root(config)
     streamed = any(source.kind == "hf_stream" for source in config.sources)
+    if streamed and taught:
+        raise ConfigError("an hf_stream source has no fixed positions, so a teacher's stored predictions cannot be found again; use jsonl")
     if streamed and len(config.sources) > 1:
         raise ConfigError("an hf_stream source cannot seek, so it cannot be mixed; make it the only one of data.sources")
     sources: list[Source] = (
@@ -266,7 +290,8 @@ def load(config: DataConfig, *, seed: int, say: Callable[[str], None] = lambda l
             f"data: none of the {sum(c.meta['num_documents'] for c in corpora):,} documents fell into the held-out share {fraction:g}, so "
             "there is nothing to evaluate on; cut the text finer, e.g. --data.sources.0.document paragraph, or name --data.held_out.0.path"
         )
-    return Dataset(config, sources, tokenizer, held, None if streamed else Rows(packed, config, key, fill_id), seed)
+    records = {name: open_taught(path, corpora, tokenizer) for name, path in taught.items()}
+    return Dataset(config, sources, tokenizer, held, None if streamed else Rows(packed, config, key, fill_id, records), seed)
 
 
 def fill_id_of(tokenizer: Tokenizer) -> int:

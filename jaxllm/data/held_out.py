@@ -1,7 +1,8 @@
 """The evaluation side of the data: held-out documents as batches, as text, and what ties the two together.
 
 Whatever the packing of the training rows, evaluation packs documents that are hidden from each other, cut into
-windows of T predictions, in their own order: its numbers do not depend on how a run packs.
+windows of T predictions: its numbers do not depend on how a run packs. Rows come in one fixed order that mixes all sources, so that
+the first few batches are a sample of all of the text.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from jaxllm.config import DataConfig
 from jaxllm.data.corpus import Corpus
 from jaxllm.data.mixture import Places
+from jaxllm.data.packing import permute
 from jaxllm.data.rows import Arrays, PackedCorpus, Rows, empty
 from jaxllm.data.source import Source
 from jaxllm.data.tokenizer import Tokenizer
@@ -71,7 +73,12 @@ class HeldOut:
     def _places(self) -> Places:
         counts = [packed.plan(0).num_rows for packed in self.packed]
         source = np.repeat(np.arange(len(counts)), counts)
-        return Places(source, np.zeros_like(source), np.concatenate([np.arange(count) for count in counts]))
+        places = Places(source, np.zeros_like(source), np.concatenate([np.arange(count) for count in counts]))
+        return Places(*(part[np.argsort(self._row_of(len(source)))] for part in places))
+
+    def _row_of(self, num: int) -> np.ndarray:
+        """Where each row, counted source by source, comes in the order of evaluation."""
+        return permute(np.arange(num), num, key=0)
 
     @property
     def num_rows(self) -> int:
@@ -79,7 +86,7 @@ class HeldOut:
         return len(self._places.row)
 
     def batches(self, batch_size: int, rows: Callable[[int], np.ndarray] | None = None) -> Iterator[Arrays]:
-        """Every held-out prediction once, in order; the last batch is filled up with rows of loss_mask 0.
+        """Every held-out prediction once; the last batch is filled up with rows of loss_mask 0.
 
         Args:
           rows: batch size -> which rows of a batch this process wants; None for all.
@@ -109,6 +116,7 @@ class HeldOut:
         size_of = np.array([len(self.tokenizer.token_bytes(id)) for id in range(self.tokenizer.num_vocab)], np.int64)
         out: list[Window] = []
         row = document = 0
+        row_of = self._row_of(self.num_rows)
         for packed in self.packed:
             plan, corpus = packed.plan(0), packed.corpus
             rows = np.repeat(np.arange(plan.num_rows), np.diff(plan.rows))
@@ -121,9 +129,9 @@ class HeldOut:
                     # A space that the tokenizer put in front of the document is not in its text.
                     num_bytes -= int(size_of[corpus.tokens[begin:end]].sum() - corpus.sizes[owner])
                 index = document + int(np.searchsorted(packed.documents, owner))
-                out.append(Window(row + r, index, labels[0] - begin, labels[-1] + 1 - begin, num_bytes))
+                out.append(Window(int(row_of[row + r]), index, labels[0] - begin, labels[-1] + 1 - begin, num_bytes))
             row, document = row + plan.num_rows, document + len(packed.documents)
-        return out
+        return sorted(out)
 
     def window_bytes(self, window: Window) -> bytes:
         """The text that a window predicts, without its context: what a compressor of the same window may be given."""

@@ -66,7 +66,7 @@ def make_plan(
     if packing == "concatenate":
         order = _order(len(starts), key)
         return _concatenate(starts[order], sizes[order], sequence_length)
-    starts, lengths = _windows(starts, sizes - separate, sequence_length)
+    starts, lengths = windows(starts, sizes - separate, sequence_length)
     order = _order(len(starts), key)
     starts, lengths = starts[order], lengths[order]
     if packing == "none":
@@ -81,7 +81,7 @@ def _order(num: int, key: int | None) -> np.ndarray:
     return np.arange(num) if key is None else permute(np.arange(num), num, key)
 
 
-def _windows(starts: np.ndarray, sizes: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+def windows(starts: np.ndarray, sizes: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut runs into consecutive ones of at most `limit`; a run of size 0 gives none."""
     counts = -(-sizes // limit)
     first = np.repeat(np.cumsum(counts) - counts, counts)

@@ -5,8 +5,9 @@ This is what grain's worker processes unpickle, so nothing here imports jax.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,9 +20,12 @@ from jaxllm.data.mixture import Order, Places
 from jaxllm.data.packing import Packing, Plan, combine, make_plan
 from jaxllm.data.position import Position
 from jaxllm.data.ramp import Ramp
+from jaxllm.data.taught import Layout, Taught, nothing
 
 type Arrays = dict[str, np.ndarray]
-"""tokens, labels, loss_mask, segment_ids, positions [B T] and source [B]."""
+"""tokens, labels, loss_mask, segment_ids, positions [B T], source [B], and what losses need besides under `extra(name)`, B first."""
+
+EXTRAS = "extras/"
 
 _VERSION = "v1"
 _OPEN_PLANS = 8
@@ -82,14 +86,20 @@ def _reopen(corpus: Corpus, options: dict[str, Any]) -> PackedCorpus:
 
 
 class Rows:
-    """Any rows of a run, by number."""
+    """Any rows of a run, by number.
 
-    def __init__(self, packed: Sequence[PackedCorpus], config: DataConfig, key: int | None, fill_id: int) -> None:
-        self.packed, self.config, self.key, self.fill_id = list(packed), config, key, fill_id
+    Args:
+      taught: what teachers expect at each position, by name, corpus by corpus.
+    """
+
+    def __init__(
+        self, packed: Sequence[PackedCorpus], config: DataConfig, key: int | None, fill_id: int, taught: Mapping[str, Sequence[Taught]] = {}
+    ) -> None:
+        self.packed, self.config, self.key, self.fill_id, self.taught = list(packed), config, key, fill_id, dict(taught)
         self.order = Order(config, lambda source, epoch: self.packed[source].plan(epoch).num_rows, key)
 
     def __reduce__(self) -> Any:
-        return Rows, (self.packed, self.config, self.key, self.fill_id)
+        return Rows, (self.packed, self.config, self.key, self.fill_id, self.taught)
 
     def read(self, rows: np.ndarray) -> Arrays:
         """The arrays of these rows of the run, in order."""
@@ -99,6 +109,8 @@ class Rows:
         """The arrays of the rows at these places; rows of one plan are gathered at once."""
         out = empty(len(places.row), self.config.sequence_length, self.fill_id)
         out["source"][:] = places.source
+        for name, corpora in self.taught.items():
+            out |= _untaught(name, corpora[0].meta.layout, out["tokens"].shape)
         for source, epoch in set(zip(places.source.tolist(), places.epoch.tolist(), strict=True)):
             packed = self.packed[source]
             plan = packed.plan(epoch)
@@ -106,7 +118,10 @@ class Rows:
             wanted = places.row[members]
             counts = plan.rows[wanted + 1] - plan.rows[wanted]
             pieces = np.repeat(plan.rows[wanted] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-            fill(out, np.repeat(members, counts), plan.starts[pieces], plan.lengths[pieces], packed.corpus, packed.separate)
+            index, at = fill(out, np.repeat(members, counts), plan.starts[pieces], plan.lengths[pieces], packed.corpus, packed.separate)
+            for name, corpora in self.taught.items():
+                for field, values in corpora[source].at(index)._asdict().items():
+                    out[extra(f"{name}/{field}")][at] = values
         return out
 
 
@@ -142,8 +157,23 @@ def empty(num_rows: int, sequence_length: int, fill_id: int) -> Arrays:
     }
 
 
-def fill(out: Arrays, row: np.ndarray, starts: np.ndarray, lengths: np.ndarray, corpus: Corpus, separate: bool) -> None:
-    """Write pieces into rows of padding, one after the other within each row.
+def extra(name: str) -> str:
+    """Key, among `Arrays`, of what becomes `Batch.extras[name]`."""
+    return f"{EXTRAS}{name}"
+
+
+def _untaught(name: str, layout: Layout, shape: tuple[int, ...]) -> Arrays:
+    """Rows of which a teacher says nothing."""
+    best = nothing(layout, math.prod(shape))
+    return {extra(f"{name}/{field}"): values.reshape(*shape, *values.shape[1:]) for field, values in best._asdict().items()}
+
+
+type At = tuple[np.ndarray, np.ndarray]
+"""(row, column) of each token."""
+
+
+def fill(out: Arrays, row: np.ndarray, starts: np.ndarray, lengths: np.ndarray, corpus: Corpus, separate: bool) -> tuple[np.ndarray, At]:
+    """Write pieces into rows of padding, one after the other within each row; returns each input's flat position, and where it is.
 
     Args:
       row: [num] row of each piece, pieces of a row being consecutive.
@@ -151,7 +181,7 @@ def fill(out: Arrays, row: np.ndarray, starts: np.ndarray, lengths: np.ndarray, 
       separate: number the pieces of a row as segments 1, 2, … with positions from 0; else a row is one segment.
     """
     if not len(row):
-        return
+        return np.empty(0, np.int64), (np.empty(0, np.int64), np.empty(0, np.int64))
     lengths = lengths.astype(np.int64)
     before = np.cumsum(lengths) - lengths  # places taken by earlier pieces, over all rows
     is_first = np.diff(row, prepend=-1) != 0
@@ -172,3 +202,4 @@ def fill(out: Arrays, row: np.ndarray, starts: np.ndarray, lengths: np.ndarray, 
     out["loss_mask"][where] = corpus.carries_loss(label)
     out["segment_ids"][at] = np.repeat(np.arange(len(row)) - piece_begin + 1, lengths) if separate else 1
     out["positions"][at] = within if separate else at[1]
+    return index, at

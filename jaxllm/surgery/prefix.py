@@ -124,8 +124,12 @@ def materialise(params: Params, lm: LM, config: PrefixConfig) -> tuple[Params, P
     """
     rest = {name: part for name, part in params.items() if name != "prefix"}
     keys, values, _ = _states(lm, rest, params["prefix"], config)
-    place = "before" if config.place == "embedding" else config.place
-    return {**rest, "prefix": {"keys": keys[:, 0], "values": values[:, 0]}}, replace(config, hidden=0, place=place, init_text="")
+    return {**rest, "prefix": {"keys": keys[:, 0], "values": values[:, 0]}}, materialised(config)
+
+
+def materialised(config: PrefixConfig) -> PrefixConfig:
+    """The config of a prefix that is nothing but its states."""
+    return replace(config, hidden=0, place="before" if config.place == "embedding" else config.place, init_text="")
 
 
 def stack(prefixes: Sequence[Params]) -> Params:
