@@ -36,7 +36,7 @@ from jaxllm.surgery import importance, prune, shapes
 from jaxllm.surgery.prune import Kept, Plan
 from jaxllm.surgery.shapes import Shape
 from tools import hf_export
-from tools.kv_heads import _travelling, open_params, text_rows, whole_rows
+from tools.kv_heads import travelling, open_params, text_rows, whole_rows
 
 PROGRAM = "python -m tools.prune CHECKPOINT OUT"
 ROWS = 4
@@ -156,7 +156,7 @@ def write(folder: Path, target: Path, params: tree.Tree, plan: Plan, options: Op
         "kept": {name: index.tolist() for name, index in plan.indices.items() if name in "LDNK"},
     }  # fmt: skip
     own: Tokenizer | None = None if isinstance(tokenizer, pretrained.NoTokenizer) else tokenizer
-    files = _travelling(origin)
+    files = travelling(origin)
     pretrained.save(
         target, plan.config, pruned, own, chat_template=template, stop_ids=stop_ids, source=source, files=files, mesh=options.mesh
     )
