@@ -184,10 +184,15 @@ def _difference(there: Meta, meta: Meta) -> str:
 # ------------------------------------------------------------------------------------------- compute
 
 
-def best_of(lm: LM, k: int) -> Callable[[Params, Batch], tuple[Int[Array, "B T k"], Float[Array, "B T k"], Float[Array, "B T"]]]:
-    """(params, batch) -> (ids, log-probabilities, probability of the rest) of the k most probable next tokens; never [B T V]."""
+type Expected = tuple[Int[Array, "B T k"], Float[Array, "B T k"], Float[Array, "B T"], Float[Array, "B T"]]
+"""The fields of `taught.Best`."""
 
-    def of_chunk(params: Params, hidden: Float[Array, "B c D"]) -> tuple[Array, Array, Array]:
+
+def best_of(lm: LM, k: int) -> Callable[[Params, Batch], Expected]:
+    """(params, batch) -> what `taught.Best` holds of every position; never [B T V]."""
+
+    def of_chunk(params: Params, part: tuple[Float[Array, "B c D"], Int[Array, "B c"]]) -> tuple[Array, Array, Array, Array]:
+        hidden, labels = part
         logits = lm.unembed(params).logits(hidden)
         best, ids = jax.lax.top_k(logits, k)
         log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -195,23 +200,24 @@ def best_of(lm: LM, k: int) -> Callable[[Params, Batch], tuple[Int[Array, "B T k
         rest = jnp.where(logits >= best[..., -1:], -jnp.inf, logits)
         tied = jnp.sum(logits == best[..., -1:], -1) - jnp.sum(best == best[..., -1:], -1)
         tail = jnp.exp(jax.nn.logsumexp(rest, axis=-1) - log_z) + tied * jnp.exp(best[..., -1] - log_z)
-        return ids, best - log_z[..., None], tail
+        is_label = jax.lax.iota(jnp.int32, logits.shape[-1]) == labels[..., None]  # by select-and-sum: a divided vocabulary stays local
+        return ids, best - log_z[..., None], tail, jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1) - log_z
 
-    def apply(params: Params, batch: Batch) -> tuple[Array, Array, Array]:
+    def apply(params: Params, batch: Batch) -> Expected:
         hidden = lm(params, batch).hidden
         length = hidden.shape[1]
         num = -(-length // DEFAULT_CHUNK)
         size = -(-length // num)
-        padded = jnp.pad(hidden, ((0, 0), (0, num * size - length), (0, 0)))
-        chunks = jnp.moveaxis(padded.reshape(hidden.shape[0], num, size, -1), 1, 0)
-        out = jax.lax.map(partial(of_chunk, params), chunks)
+        pad = lambda x: jnp.pad(x, ((0, 0), (0, num * size - length), *((0, 0),) * (x.ndim - 2)))
+        cut = lambda x: jnp.moveaxis(pad(x).reshape(x.shape[0], num, size, *x.shape[2:]), 1, 0)
+        out = jax.lax.map(partial(of_chunk, params), (cut(hidden), cut(jnp.asarray(batch.labels))))
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(hidden.shape[0], num * size, *x.shape[3:])[:, :length], out)
 
     return apply
 
 
 def _records(
-    expect: Callable[[Batch], tuple[Array, Array, Array]], mesh: Mesh, meta: Meta, corpus: Corpus, index: int, rows: int, fill_id: int
+    expect: Callable[[Batch], Expected], mesh: Mesh, meta: Meta, corpus: Corpus, index: int, rows: int, fill_id: int
 ) -> np.ndarray:
     """The records of one shard."""
     begin = index * taught.SHARD

@@ -31,6 +31,7 @@ from jaxllm.data.position import Position
 from jaxllm.data.taught import Best, Layout
 from jaxllm.data.tokenizer import ByteTokenizer
 from jaxllm.teach import TeachConfig, best_of, main, teach
+from tests.observed import batch_of
 from tests.runs import ROOT
 from tests.test_pretrained import SOURCE, random_params
 
@@ -78,6 +79,7 @@ def test_a_record_keeps_ids_exactly_and_numbers_as_float16(data: Any, k: int, nu
         rng.integers(0, num_vocab, (7, k)).astype(np.int32),
         -20 * rng.random((7, k)).astype(np.float32),
         rng.random(7).astype(np.float32),
+        -9 * rng.random(7).astype(np.float32),
     )
     best.ids[0], best.logp[1] = num_vocab - 1, -np.inf
     records = layout.encode(best)
@@ -86,6 +88,7 @@ def test_a_record_keeps_ids_exactly_and_numbers_as_float16(data: Any, k: int, nu
     np.testing.assert_array_equal(again.ids, best.ids)
     np.testing.assert_array_equal(again.logp, best.logp.astype(np.float16).astype(np.float32))
     np.testing.assert_array_equal(again.tail, best.tail.astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(again.actual, best.actual.astype(np.float16).astype(np.float32))
 
 
 def test_64_tokens_take_under_300_bytes_at_any_vocabulary() -> None:
@@ -106,11 +109,12 @@ def test_the_tail_is_the_mass_of_the_others_however_small() -> None:
             return type("Head", (), {"logits": staticmethod(lambda hidden: hidden)})
 
     for k in (1, 2, 3, 6):
-        ids, logp, tail = best_of(Stub(), k)({}, None)  # type: ignore[arg-type]
+        ids, logp, tail, actual = best_of(Stub(), k)({}, batch_of(np.array([[2, 5]])))  # type: ignore[arg-type]
         p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         order = -np.sort(-p, axis=-1)
         np.testing.assert_allclose(np.exp(logp), order[..., :k], rtol=1e-5)
         np.testing.assert_allclose(tail, order[..., k:].sum(-1), rtol=1e-4, atol=1e-30)
+        np.testing.assert_allclose(actual, [[np.log(p[0, 0, 2]), np.log(p[0, 1, 5])]], rtol=1e-5)
         assert ids.shape == (1, 2, k)
 
 
@@ -141,6 +145,7 @@ def test_the_folder_says_what_the_teacher_says_document_by_document(place: Path)
             here = slice(begin - start, begin - start + length)
             np.testing.assert_allclose(got.logp[here], -np.sort(-logp)[:, :K], atol=3e-3)
             np.testing.assert_allclose(np.take_along_axis(logp, got.ids[here], 1), -np.sort(-logp)[:, :K], atol=1e-4)
+            np.testing.assert_allclose(got.actual[here], logp[np.arange(length), corpus.tokens[begin + 1 : begin + 1 + length]], atol=5e-3)
             np.testing.assert_allclose(got.tail[here], 1 - np.exp(-np.sort(-logp)[:, :K]).sum(-1), atol=1e-3)
 
 
@@ -150,7 +155,7 @@ def test_a_batch_finds_what_the_teacher_says_of_that_batch(place: Path, packing:
     model = pretrained.load(place / "teacher")
     expect = jax.jit(best_of(model.lm, K))
     for batch in first_batches(target(place, packing=packing), place / "taught", 2):
-        ids, logp, tail = (np.asarray(x) for x in expect(model.params, batch))
+        ids, logp, tail, _ = (np.asarray(x) for x in expect(model.params, batch))
         says = batch.loss_mask > 0
         assert says.any()
         assert batch.extras["t/ids"].shape == (8, 32, K)

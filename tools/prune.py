@@ -36,7 +36,7 @@ from jaxllm.surgery import importance, prune, shapes
 from jaxllm.surgery.prune import Kept, Plan
 from jaxllm.surgery.shapes import Shape
 from tools import hf_export
-from tools.kv_heads import travelling, open_params, text_rows, whole_rows
+from tools.kv_heads import open_params, text_rows, travelling, whole_rows
 
 PROGRAM = "python -m tools.prune CHECKPOINT OUT"
 ROWS = 4

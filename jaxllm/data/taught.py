@@ -11,9 +11,10 @@ The record of position p says what the teacher expects at p + 1:
     ids    k × bits, bits = ⌈log2 V⌉, most significant bit first, most probable token first, filled up to a byte
     logp   k × float16, natural
     tail   float16, the probability of all other tokens
+    actual float16, log-probability of the token that came, named or not: a text's cross-entropy is their mean
 
-At k = 64 that is 258 bytes for vocabularies up to 65,536, and at most 290 up to a million. float16 keeps a log-probability of -10
-to 0.004. A position that predicts nothing, a document's last, has tail 1 and log-probabilities of -inf.
+At k = 64 that is 260 bytes for vocabularies up to 65,536, and at most 292 up to a million. float16 keeps a log-probability of -10
+to 0.004. A position that predicts nothing, a document's last, has tail 1, log-probabilities of -inf, and 0 for the actual one.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ META = "meta.json"
 
 
 class Best(NamedTuple):
-    """The most probable tokens of some positions; `losses.divergences.TopK` has the same fields."""
+    """The most probable tokens of some positions; the first three fields are those of `losses.divergences.TopK`."""
 
     ids: np.ndarray
     """[n k] int32."""
@@ -48,6 +49,12 @@ class Best(NamedTuple):
     """[n k] float32."""
     tail: np.ndarray
     """[n] float32."""
+    actual: np.ndarray
+    """[n] float32."""
+
+    def extras(self) -> dict[str, np.ndarray]:
+        """What a loss needs of it."""
+        return {"ids": self.ids, "logp": self.logp, "tail": self.tail}
 
 
 class Layout(NamedTuple):
@@ -79,15 +86,15 @@ class Layout(NamedTuple):
         """Of a record.
 
         >>> [Layout(64, v).num_bytes for v in (49_152, 151_936, 1 << 20)]
-        [258, 274, 290]
+        [260, 276, 292]
         """
-        return self.id_bytes + 2 * self.k + 2
+        return self.id_bytes + 2 * self.k + 4
 
     def encode(self, best: Best) -> np.ndarray:
         """Records as bytes [n num_bytes]."""
         shifts = np.arange(self.bits - 1, -1, -1, dtype=np.uint32)
         bits = (best.ids.astype(np.uint32)[..., None] >> shifts & 1).astype(np.uint8)
-        numbers = np.concatenate([best.logp, best.tail[:, None]], axis=1).astype("<f2")
+        numbers = np.concatenate([best.logp, best.tail[:, None], best.actual[:, None]], axis=1).astype("<f2")
         return np.concatenate([np.packbits(bits.reshape(len(bits), -1), axis=1), numbers.view(np.uint8)], axis=1)
 
     def decode(self, records: np.ndarray) -> Best:
@@ -95,13 +102,13 @@ class Layout(NamedTuple):
         bits = np.unpackbits(records[:, : self.id_bytes], axis=1, count=self.k * self.bits).reshape(-1, self.bits)
         ids = np.packbits(np.pad(bits, ((0, 0), (32 - self.bits, 0))), axis=1).view(">u4").astype(np.int32)
         numbers = np.ascontiguousarray(records[:, self.id_bytes :]).view("<f2").astype(np.float32)
-        return Best(ids.reshape(-1, self.k), numbers[:, :-1], numbers[:, -1])
+        return Best(ids.reshape(-1, self.k), numbers[:, :-2], numbers[:, -2], numbers[:, -1])
 
 
 def nothing(layout: Layout, num: int) -> Best:
     """What is known of a position that predicts nothing."""
     ids, logp = np.zeros((num, layout.k), np.int32), np.full((num, layout.k), -np.inf, np.float32)
-    return Best(ids, logp, np.ones(num, np.float32))
+    return Best(ids, logp, np.ones(num, np.float32), np.zeros(num, np.float32))
 
 
 @dataclass(frozen=True)

