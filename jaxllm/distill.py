@@ -72,10 +72,13 @@ def from_checkpoint(path: str, precision: Precision) -> Teacher:
 
 def of_config(name: str, model: ModelConfig, precision: Precision) -> Teacher:
     """A model with fresh weights: what stands for a published teacher where a run is planned, not made."""
+    from jaxllm import pretrained
+
     lm = decoder(model, precision=precision)
 
     def load(mesh: Mesh) -> Params:
-        return sharding.pad_vocab(lm.init(jax.random.key(0)), mesh.shape["model"])
+        params = sharding.pad_vocab(lm.init(jax.random.key(0)), mesh.shape["model"])
+        return tree.map_with_path(lambda path, leaf: leaf.astype(pretrained.dtype_of(path, leaf.dtype, precision)), params)
 
     return Teacher(name, lm, load, None)
 

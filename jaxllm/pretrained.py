@@ -204,17 +204,17 @@ def _load_params(folder: Path, train: TrainConfig, mesh: Mesh, precision: Precis
     """Low-rank deltas folded in."""
     lm = pretrain.language_model(train, precision)
     shapes = jax.eval_shape(lambda: sharding.pad_vocab(lm.init(jax.random.key(0)), mesh.shape["model"]))
-    dtypes = tree.map_with_path(lambda path, leaf: _dtype(path, leaf.dtype, precision), shapes)
+    dtypes = tree.map_with_path(lambda path, leaf: dtype_of(path, leaf.dtype, precision), shapes)
     where = sharding.shardings(sharding.param_specs(shapes, mesh, train.mesh.rules), mesh)
     if train.lora.rules or tree.partition(shapes, partial(optim.trainable, train.optim))[1]:  # frozen leaves are where the run began
         params = pretrain.starting_params(replace(train, init_from=str(folder)), lm, mesh)
         params = adapters.merge(params, train.lora) if train.lora.rules else params
-        return tree.map_with_path(lambda path, leaf: leaf.astype(_dtype(path, leaf.dtype, precision)), params)
+        return tree.map_with_path(lambda path, leaf: leaf.astype(dtype_of(path, leaf.dtype, precision)), params)
     template = jax.tree.map(lambda s, dtype, w: jax.ShapeDtypeStruct(s.shape, dtype, sharding=w), shapes, dtypes, where)
     return checkpoint.load_params(folder, template, ("ema", "trainable", "frozen"), left_out=TRAINING_ONLY).state
 
 
-def _dtype(path: str, own: Any, precision: Precision) -> Any:
+def dtype_of(path: str, own: Any, precision: Precision) -> Any:
     """bfloat16 for what is multiplied or looked up in bfloat16 anyway, so that no step casts it; else the decoder's own."""
     kernel, table = path.endswith("/kernel"), path.startswith("embed/")
     half = (kernel and precision != "float32") or (table and precision == "bfloat16")

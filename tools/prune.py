@@ -12,7 +12,6 @@ OUT is a folder as every conversion writes it; `python -m tools.convert to-hf OU
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,7 +93,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.target_params:
-            number_of(self.target_params)
+            shapes.number_of(self.target_params)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,25 +190,13 @@ def wanted(config: ModelConfig, options: Options) -> Shape:
         return Shape.of(config)._replace(**given)
     if "num_heads" in given and shapes.kv_heads(config, given["num_heads"]) != given["num_kv_heads"]:
         raise ConfigError("--target_params chooses among shapes whose groups follow from their heads; leave --num_kv_heads out")
-    target = number_of(options.target_params)
+    target = shapes.number_of(options.target_params)
     choices = {name: [size] for name, size in given.items() if name != "num_kv_heads"}
     rank = shapes.nearest_proportions(config, target)
     found = shapes.near(config, target, tolerance=options.tolerance, multiple=options.multiple, rank=rank, **choices)
     count = shapes.num_params(replace(config, **found[0]._asdict()))
     print(f"{len(found)} shapes have {target:,} parameters within {options.tolerance:.0%}; taking {found[0]}: {count:,}", flush=True)
     return found[0]
-
-
-def number_of(text: str) -> int:
-    """A number of parameters in words.
-
-    >>> number_of('90M'), number_of('1.2B'), number_of('260_032')
-    (90000000, 1200000000, 260032)
-    """
-    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([KMBkmb]?)", text.strip())
-    if match is None:
-        raise ConfigError(f"--target_params is '{text}'; write a number, or one with K, M or B behind it, as in 90M")
-    return round(float(match[1].replace("_", "")) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[match[2].upper()])
 
 
 # ---------------------------------------------------------------------------------------------- scores

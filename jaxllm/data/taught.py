@@ -170,6 +170,8 @@ def write_shard(file: Path, records: np.ndarray) -> None:
     data = records.tobytes()
     mark = file.with_suffix(".json")
     mark.unlink(missing_ok=True)
+    for left in [*file.parent.glob(f".{file.name}.*.tmp"), *file.parent.glob(f".{mark.name}.*.tmp")]:  # by a killed process
+        left.unlink(missing_ok=True)
     write_atomic(file, data)
     write_atomic(mark, json.dumps({"bytes": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)}).encode())
 

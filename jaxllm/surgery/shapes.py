@@ -9,6 +9,7 @@ Letters: L layers, D width, N query heads, K key/value heads, G = N/K, H head si
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -156,3 +157,15 @@ def nearest_proportions(config: ModelConfig, target_params: int) -> Callable[[Sh
         return abs(slimmer) + abs(math.log(count / target_params))
 
     return rank
+
+
+def number_of(text: str) -> int:
+    """A number of parameters in words.
+
+    >>> number_of('90M'), number_of('1.2B'), number_of('260_032')
+    (90000000, 1200000000, 260032)
+    """
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([KMBkmb]?)", text.strip())
+    if match is None:
+        raise ConfigError(f"a number of parameters is '{text}'; write a number, or one with K, M or B behind it, as in 90M")
+    return round(float(match[1].replace("_", "")) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[match[2].upper()])
