@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxllm import checkpoint, flops, optim, rundir, sharding, tree
-from jaxllm.config import ConfigError, Precision, TrainConfig, from_dict
+from jaxllm.config import ConfigError, Precision, QuantiseConfig, TrainConfig, from_dict
 from jaxllm.contract import LM, Batch, Dot, Mean, Obs, Params, Unembedding, dot_in
 from jaxllm.data import batch as batches
 from jaxllm.data import tokenizer as tokenizers
@@ -31,9 +31,10 @@ from jaxllm.losses.vocab import View, over_vocab
 from jaxllm.models.attention_kernels import chosen
 from jaxllm.models.generate import complete, generator, sampler
 from jaxllm.models.heads import TRAINING_ONLY
+from jaxllm.models.stack import Reparam
 from jaxllm.models.transformer import PRECISIONS, decoder
 from jaxllm.step import Experiment, Forward, observe
-from jaxllm.surgery import adapters, bitnet, bottleneck, prefix
+from jaxllm.surgery import adapters, bitnet, bottleneck, prefix, quantise
 
 PROMPTS = (
     "def fibonacci(n):\n",
@@ -104,6 +105,9 @@ def experiment(
       prompts: what samples continue.
     """
     lm = language_model(config, precision)
+    if config.quantise.kind != "none":
+        shapes = jax.eval_shape(lambda: lm.init(jax.random.key(0)))
+        quantise.check_frozen(tree.partition(shapes, partial(optim.trainable, config.optim))[0], config.quantise)
     made = Experiment(
         config=config,
         lm=lm,
@@ -129,10 +133,14 @@ def language_model(config: TrainConfig, precision: Precision) -> LM:
       ConfigError: surgery that does not fit the model.
     """
     plain = dot = dot_in(PRECISIONS[precision][1])
-    quantised = config.bitnet.kind != "none"
-    if quantised:
+    reparam: Reparam | None = None
+    if config.bitnet.kind != "none":
         bitnet.check(config.model, config.bitnet)
-        dot = bitnet.dot(config.bitnet, dot)
+        dot, reparam = bitnet.dot(config.bitnet, dot), bitnet.reparam(config.bitnet)
+    if config.quantise.kind != "none":
+        if reparam is not None or config.lora.dora:
+            raise ConfigError(f"quantise.kind is {config.quantise.kind}: kernels in few bits go with neither bitnet nor lora.dora")
+        reparam = partial(quantise.dequantise, kind=config.quantise.kind)
     if config.lora.rules:
         dot = adapters.lora_dot(config.lora, dot, plain)
     if config.bottleneck.size:
@@ -144,14 +152,16 @@ def language_model(config: TrainConfig, precision: Precision) -> LM:
         unroll=config.unroll_layers,
         shard_sequence=config.mesh.shard_sequence,
         dot=dot,
-        reparam=bitnet.reparam(config.bitnet) if quantised else None,
+        reparam=reparam,
     )
     lm = lm._replace(unembed=partial(_head, lm, plain))
     if config.lora.rules:
         lm = adapters.with_lora(lm, config.lora)
     if config.bottleneck.size:
         lm = bottleneck.with_bottlenecks(lm, config.bottleneck)
-    return prefix.with_prefix(lm, config.prefix) if config.prefix.length else lm
+    if config.prefix.length:
+        lm = prefix.with_prefix(lm, config.prefix)
+    return quantise.with_quantised(lm, config.quantise) if config.quantise.kind != "none" else lm
 
 
 def _head(lm: LM, plain: Dot, params: Params) -> Unembedding:
@@ -182,6 +192,8 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
       ConfigError: nothing there; a checkpoint of another architecture (what differs), or of a run whose adapters this one does not
         have; weights that are not those that this run, or the other one, began from.
     """
+    if config.quantise.kind != "none":
+        return _rounded(config, lm, mesh)
     if not path_of(config.init_from).exists():
         raise ConfigError(
             f"init_from names {config.init_from}, and there is no such run directory or checkpoint{how_to_get(config.init_from)}"
@@ -193,6 +205,7 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
     template = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     _, meta = checkpoint.read_meta(config.init_from)
     parent = from_dict(TrainConfig, meta["config"])
+    parent, bits = replace(parent, quantise=QuantiseConfig()), parent.quantise
     theirs = language_model(parent, "float32")
     their_paths = set(tree.paths(jax.eval_shape(lambda: theirs.init(jax.random.key(0)))))
     if lost := [path for path in their_paths - set(tree.paths(shapes)) if re.fullmatch(ADDED, path)]:
@@ -207,12 +220,23 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
         rundir.check_parent(rundir.read_json(rundir.root_of(path_of(config.init_from)) / "config.json"), parent.init_from)
         rest = starting_params(parent, theirs, mesh) if parent.init_from else theirs.init(jax.random.key(parent.seed))
         rest = tree.partition(sharding.pad_vocab(rest, multiple), partial(optim.trainable, parent.optim))[1]
+        if bits.kind != "none":  # what it was trained beside
+            rest = quantise.dequantise(quantise.quantise(rest, bits), bits.kind)
         params = tree.merge(params, jax.device_put(rest, tree.partition(where, set(tree.paths(rest)).__contains__)[0]))
     if fresh:
         own = jax.jit(lambda key: tree.partition(sharding.pad_vocab(lm.init(key), multiple), set(tree.paths(fresh)).__contains__)[0])
         added = own(jax.random.key(config.seed)) | _from_words(config, tree.partition(params, their_paths.__contains__)[0], theirs)
         params = tree.merge(params, jax.device_put(added, tree.partition(where, set(tree.paths(fresh)).__contains__)[0]))
     return params
+
+
+def _rounded(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
+    """`starting_params` with the kernels that `config.quantise` names in few bits, placed by rule."""
+    whole = replace(config, quantise=QuantiseConfig())
+    params = starting_params(whole, language_model(whole, "float32"), mesh)
+    shapes = jax.eval_shape(partial(quantise.quantise, config=config.quantise), params)
+    where = sharding.shardings(sharding.param_specs(shapes, mesh, config.mesh.rules), mesh)
+    return jax.jit(partial(quantise.quantise, config=config.quantise), out_shardings=where)(params)
 
 
 def _from_words(config: TrainConfig, params: Params, lm: LM) -> Params:

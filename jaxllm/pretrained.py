@@ -31,6 +31,7 @@ from jaxllm.config import (
     MeshConfig,
     ModelConfig,
     Precision,
+    QuantiseConfig,
     TrainConfig,
     config_hash,
     from_dict,
@@ -135,7 +136,7 @@ def _for_use(train: TrainConfig) -> TrainConfig:
     """The config of a run as its model is used: deltas folded in, a prefix that is its states, and what only training needs left out."""
     kept = prefix.materialised(train.prefix) if train.prefix.length else train.prefix
     one_bit = replace(train.bitnet, activation_scale="token", warm_start_steps=0)  # what others are in the batch changes nothing
-    return replace(train, lora=LoraConfig(), prefix=kept, bitnet=one_bit, distill=DistillConfig(), remat="none")
+    return replace(train, lora=LoraConfig(), prefix=kept, bitnet=one_bit, quantise=QuantiseConfig(), distill=DistillConfig(), remat="none")
 
 
 def model_config(folder: str | Path) -> ModelConfig:
@@ -201,7 +202,8 @@ def _train_config(folder: Path) -> TrainConfig:
 
 
 def _load_params(folder: Path, train: TrainConfig, mesh: Mesh, precision: Precision) -> Params:
-    """Low-rank deltas folded in."""
+    """Low-rank deltas folded in, into the rounded base where the run had one."""
+    train = replace(train, quantise=QuantiseConfig())
     lm = pretrain.language_model(train, precision)
     shapes = jax.eval_shape(lambda: sharding.pad_vocab(lm.init(jax.random.key(0)), mesh.shape["model"]))
     dtypes = tree.map_with_path(lambda path, leaf: dtype_of(path, leaf.dtype, precision), shapes)

@@ -157,7 +157,22 @@ def test_all_that_is_installed_is_pinned_and_every_pin_is_allowed():
 
 
 def test_the_extras_that_the_readme_promises():
-    assert set(EXTRAS) == {"cuda", "tpu", "plan", "tfds", "stream", "wandb", "hub", "eval", "experiments", "align", "gcs", "s3", "test"}
+    assert set(EXTRAS) == {
+        "cuda",
+        "tpu",
+        "plan",
+        "tfds",
+        "stream",
+        "wandb",
+        "hub",
+        "eval",
+        "experiments",
+        "align",
+        "quantise",
+        "gcs",
+        "s3",
+        "test",
+    }
 
 
 # -------------------------------------------------------------------------------------------- wheel

@@ -10,7 +10,7 @@ Dimension letters are those of `jaxllm/models/transformer.py`.
 
 from __future__ import annotations
 
-from jaxllm.config.adapters import BottleneckConfig, LoraConfig, PrefixConfig
+from jaxllm.config.adapters import BottleneckConfig, LoraConfig, PrefixConfig, QuantiseConfig
 from jaxllm.config.bitnet import BitnetConfig
 from jaxllm.config.data import DataConfig, SourceConfig, TokenizerConfig
 from jaxllm.config.distill import DistillConfig
@@ -45,6 +45,7 @@ __all__ = [
     "OptimConfig",
     "Precision",
     "PrefixConfig",
+    "QuantiseConfig",
     "RopeConfig",
     "ScheduleConfig",
     "SourceConfig",

@@ -70,3 +70,20 @@ class PrefixConfig:
             raise ConfigError(f"prefix.length is {self.length} and prefix.hidden is {self.hidden}; neither can be negative")
         if self.place == "infix" and self.length and self.separator is None:
             raise ConfigError("prefix.place is infix: prefix.separator must be the id of the token that ends a prompt")
+
+
+@dataclass(frozen=True)
+class QuantiseConfig:
+    """A frozen base kept in few bits under adapters, as QLoRA does. Source: arXiv:2305.14314, section 3."""
+
+    kind: Literal["none", "int8", "int4", "nf4"] = "none"
+    """Of the numbers of a kernel. nf4: the 16 quantiles of a normal distribution."""
+    tile: int = 64
+    """Inputs that share a scale."""
+    where: str = "layers/.*/kernel"
+    """Path pattern of the kernels; they must not train."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "quantise")
+        if self.tile < 1:
+            raise ConfigError(f"quantise.tile is {self.tile}; it must be at least 1")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxllm.config.adapters import BottleneckConfig, LoraConfig, PrefixConfig
+from jaxllm.config.adapters import BottleneckConfig, LoraConfig, PrefixConfig, QuantiseConfig
 from jaxllm.config.bitnet import BitnetConfig
 from jaxllm.config.data import DataConfig
 from jaxllm.config.distill import DistillConfig
@@ -149,6 +149,7 @@ class TrainConfig:
     prefix: PrefixConfig = PrefixConfig()
     bottleneck: BottleneckConfig = BottleneckConfig()
     bitnet: BitnetConfig = BitnetConfig()
+    quantise: QuantiseConfig = QuantiseConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
