@@ -29,15 +29,9 @@ from typing import Any
 
 from configs import base
 from configs.models import palm_8b
-from jaxllm import pretrain
 from jaxllm.cli import experiment_main
-from jaxllm.config import DataConfig, OptimConfig, Precision, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
+from jaxllm.config import DataConfig, DistillConfig, OptimConfig, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
 from jaxllm.files import path_of
-from jaxllm.losses.annotate import teacher
-from jaxllm.losses.divergences import forward_kl
-from jaxllm.losses.tokens import next_token
-from jaxllm.losses.vocab import over_vocab
-from jaxllm.step import Experiment, observe
 from jaxllm.study import Arm, Column, Ordering, Run, Study
 
 ALPHA = 0.1
@@ -157,25 +151,10 @@ def before(config: TrainConfig, context: int, run: Run) -> Mapping[str, float]:
     return {"loss": found["loss"], "loss_0": found["loss"], **of_model(config.init_from, config, context)}
 
 
-def build(config: TrainConfig, *, precision: Precision, kl: float = 0.0, teacher_from: str = "") -> Experiment:
-    """Next-token loss, and with `kl` the divergence from the model in `teacher_from`."""
-    if not kl:
-        return pretrain.experiment(config, precision=precision)
-    from jaxllm import pretrained, tree
+def with_kl(config: TrainConfig) -> TrainConfig:
+    """Next-token loss, and the divergence from the model before surgery."""
+    return replace(config, distill=DistillConfig(teachers=((config.init_from, 1.0),), ce=1.0))
 
-    model = pretrained.load(teacher_from)
-    loss = over_vocab(chunk=config.loss.chunk, ce=(1.0, next_token()), kl=(kl, forward_kl("before")))
-    whole = pretrain.experiment(config, precision=precision, loss=loss)
-    look = observe(pretrain.language_model(replace(config, model=model.config), precision))
-    return replace(
-        whole,
-        annotators=(teacher(lambda params, batch: look(params, batch, None), "before"),),
-        load_frozen=lambda mesh: {"before": pretrained.load(teacher_from, mesh=mesh).params},
-        teacher_flops_per_token=2.0 * tree.count(model.params),
-    )
-
-
-with_kl = partial(build, kl=1.0, teacher_from=uptraining.init_from)
 
 COST = (
     Column("recovered", "of the loss recovered", better="higher"), Column("wikitext", "WikiText-2 loss"),
@@ -212,8 +191,7 @@ small = Study(
         ),
         Arm(
             "1 head, mean, KL",
-            pooled(uptraining, 1),
-            build=with_kl,
+            with_kl(pooled(uptraining, 1)),
             prepare=start(1, "mean"),
             needs=(WHOLE,),
             measure=partial(scores, context=CONTEXT),
@@ -254,12 +232,11 @@ real = Study(
         ),
         Arm(
             "1 head, mean, KL",
-            pooled(uptraining_real, 1),
+            with_kl(pooled(uptraining_real, 1)),
             seeds=(0,),
             prepare=start(1, "mean"),
             needs=(WHOLE,),
             measure=partial(scores, context=CONTEXT_REAL),
-            build=partial(build, kl=1.0, teacher_from=uptraining_real.init_from),
         ),
     ),
     columns=(Column("loss_0", "loss at once"), Column("loss", "held-out loss"), *COST),
@@ -312,4 +289,4 @@ paper = TrainConfig(
 PRESETS: dict[str, TrainConfig | Study] = {"debug": debug, "small": small, "real": real, "paper": paper}
 
 if __name__ == "__main__":
-    experiment_main(PRESETS, build)
+    experiment_main(PRESETS)
