@@ -30,7 +30,7 @@ OPTIM = OptimConfig(lr=1e-3, schedule=ScheduleConfig(kind="linear", warmup_steps
 
 small = replace(
     base.config, name="table-small", data=E2E, optim=OPTIM, init_from="cache://models/base-small",
-    num_steps=100, run_dir="", save_every=100, eval_batches=24,
+    num_steps=110, run_dir="", save_every=110, eval_batches=24,
 )  # fmt: skip
 
 real = replace(

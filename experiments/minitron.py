@@ -195,10 +195,10 @@ tuning = replace(
     ),
     optim=OptimConfig(lr=1e-3, schedule=ScheduleConfig(kind="cosine", warmup_steps=10)),
     init_from="cache://models/base-teacher",
-    num_steps=100,
-    eval_every=20,
+    num_steps=105,
+    eval_every=15,
     eval_batches=24,
-    save_every=100,
+    save_every=105,
     run_dir="",
 )
 RATES = (3e-4, 1e-3, 3e-3)
@@ -244,7 +244,7 @@ small = Study(
         Ordering(BEST, "<", "width, KD, teacher not corrected", text="a corrected teacher is better on text that it had not seen"),
         Ordering(BEST, "<=", "depth, KD", text="width is at least as good as depth"),
     ),
-    about=f"Teacher: configs/base.py:teacher, {Shape.of(tuning.model)}. Width: {WIDTH}. Depth: {DEPTH}. 204,800 tokens of botocore an arm.",
+    about=f"Teacher: configs/base.py:teacher, {Shape.of(tuning.model)}. Width: {WIDTH}. Depth: {DEPTH}. 215,040 tokens of botocore an arm, padding included.",
     paper=PAPER,
     figures=FIGURES,
 )

@@ -74,11 +74,11 @@ def part(source: str, name: str, choose: Callable[[list[str]], Sequence[str]]) -
 
 
 def few(num_examples: int) -> Callable[[TrainConfig, int], TrainConfig]:
-    """(config, seed) -> config that trains for 60 steps on that many examples, drawn by the seed."""
+    """(config, seed) -> config that trains for 110 steps on that many examples, drawn by the seed."""
 
     def vary(config: TrainConfig, seed: int) -> TrainConfig:
         sample = part("train", f"{num_examples}-{seed}", lambda lines: random.Random(seed).sample(lines, num_examples))
-        return replace(config, seed=seed, num_steps=60, save_every=60, data=replace(config.data, sources=(sample,)))
+        return replace(config, seed=seed, num_steps=110, save_every=110, data=replace(config.data, sources=(sample,)))
 
     return vary
 
@@ -165,7 +165,7 @@ small = Study(
         Ordering("from related words", "<=", "from unrelated words"),
         Ordering("from related words", "<", "prefix 8, states", "loss", "words beat a random start"),
     ),
-    about="Base: configs/base.py, 5.9 M parameters. Arms with few examples train for 60 steps on a sample that each seed draws.",
+    about="Base: configs/base.py, 5.9 M parameters. Arms with few examples train for 110 steps on a sample that each seed draws.",
     paper=PAPER,
 )
 
