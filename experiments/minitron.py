@@ -244,7 +244,7 @@ small = Study(
         Ordering(BEST, "<", "width, KD, teacher not corrected", text="a corrected teacher is better on text that it had not seen"),
         Ordering(BEST, "<=", "depth, KD", text="width is at least as good as depth"),
     ),
-    about=f"Teacher: configs/base.py:teacher, {Shape.of(tuning.model)}. Width: {WIDTH}. Depth: {DEPTH}. 215,040 tokens of botocore an arm, padding included.",
+    about=f"Teacher: configs/base.py:teacher, {Shape.of(tuning.model)}. Width: {WIDTH}. Depth: {DEPTH}. Text: botocore.",
     paper=PAPER,
     figures=FIGURES,
 )

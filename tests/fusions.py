@@ -55,9 +55,8 @@ def predictions(corpus: Corpus, num_vocab: int, rng: np.random.Generator) -> Bes
     """K distinct ids a row, among them mostly the one that comes; their probabilities and the tail from a softmax."""
     num = int(corpus.meta["num_tokens"])
     rows = np.arange(num)
-    ids = ((rng.integers(num_vocab, size=num)[:, None] + np.arange(K) * rng.integers(1, num_vocab, size=num)[:, None]) % num_vocab).astype(
-        np.int32
-    )
+    first, step = rng.integers(num_vocab, size=(num, 1)), rng.integers(1, num_vocab, size=(num, 1))
+    ids = ((first + np.arange(K) * step) % num_vocab).astype(np.int32)
     following = np.append(corpus.tokens[1:], 0).astype(np.int32)
     column = rng.integers(K, size=num)
     put = ~(ids == following[:, None]).any(axis=1) & (rng.random(num) < 0.8)

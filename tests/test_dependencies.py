@@ -67,6 +67,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": EVERYTHING,
     "measures": EVERYTHING,
     "distill": EVERYTHING,
+    "fusing": BASE | {"align", "data", "evals", "files"},
     "teach": EVERYTHING,
     "study": {
         "config",
@@ -106,6 +107,7 @@ NOT_IMPORTED = {
     "evaluate": {"cli", "experiments/", "tools/", "tests/"},
     "measures": {"experiments/", "tools/", "tests/"},
     "distill": {"pretrain", "experiments/", "tools/", "tests/"},
+    "fusing": {"experiments/", "tools/", "tests/"},
     "teach": {"cli", "experiments/", "tools/", "tests/"},
 }
 """Room -> who alone may import it, whatever else is allowed."""

@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 
 from jaxllm import pretrain, tree
+from jaxllm.align import dtw
+from jaxllm.align.project import TopK, project
+from jaxllm.align.vocab import vocab_map
 from jaxllm.config import DistillConfig, TokenizerConfig, TrainConfig
 from jaxllm.contract import Batch
 from jaxllm.data import batch as batches
@@ -30,7 +33,7 @@ from jaxllm.losses.core import as_loss_fn
 from jaxllm.losses.tokens import next_token
 from jaxllm.losses.vocab import over_vocab
 from jaxllm.step import observe
-from tests.fusions import HERE, NAMES, K, config_of, fused, make_up, place, records, sources
+from tests.fusions import HERE, NAMES, config_of, fused, make_up, place, records, sources
 from tests.test_pretrained import random_params
 
 __all__ = ["place"]
@@ -108,18 +111,63 @@ def test_each_row_is_the_best_teachers_where_it_has_read_the_same_bytes(place: P
     "config", [HERE, replace(HERE, fuse="avg_ce", k=9), replace(PAPER, k=4, workers=0), replace(HERE, how="hard", rejected="empty")]
 )
 def test_oracle_4_every_row_sums_to_1_with_at_most_k_tokens(place: Path, target: str, config: FuseConfig) -> None:
-    fuser = fused(place, target, *NAMES, config=config)
+    """Before float16; a teacher of the target's tokenizer, which passes as float16 keeps it, is left out."""
+    fuser = fused(place, target, *(name for name in NAMES if name != target), config=config)
     best = fuser.shard(1, 0)[0]
     assert best.ids.shape[1] == config.k and best.ids.max() < fuser.tokenizer.num_vocab
-    np.testing.assert_allclose(np.exp(best.logp.astype(np.float64)).sum(axis=1) + best.tail, 1.0, atol=2e-4 if config == HERE else 1e-5)
+    np.testing.assert_allclose(np.exp(best.logp.astype(np.float64)).sum(axis=1) + best.tail, 1.0, atol=1e-5)
     for ids, logp in zip(best.ids, best.logp, strict=True):
         assert len(set(ids[np.isfinite(logp)].tolist())) == np.isfinite(logp).sum(), "an id twice"
         assert np.all(np.diff(logp[np.isfinite(logp)]) <= 0), "the most probable come first"
 
 
+def test_the_papers_alignment_is_that_of_each_document_alone(place: Path) -> None:
+    """The dynamic programme and FuseLLM's rules on single documents, against the shard made of all of them; rejected rows by oracle 9."""
+    fuser = fused(place, "p400", "p520", config=replace(PAPER, k=4, workers=0))
+    (best,), teacher, corpus, texts = shards_of(fuser)[1], fuser.teachers[0], fuser.corpora[1], 0
+    theirs = teacher.records[1].corpus
+    assert (
+        np.array_equal(teacher.vocab[:520], vocab_map(teacher.tokenizer, fuser.tokenizer, "min_edit")) and (teacher.vocab[520:] == -1).all()
+    )
+    for document in range(0, 60, 7):
+        (start, end), (first, last) = (one.offsets[document : document + 2].tolist() for one in (corpus, theirs))
+        ids, said = corpus.tokens[start:end], teacher.records[1].at(np.arange(first, last))
+        rows = dtw.rows(fuser.tokenizer, ids, teacher.tokenizer, theirs.tokens[first:last], "soft", vocab=teacher.vocab)
+        alone = project(TopK(*said[:3]), rows, teacher.vocab, ids, k=4, collisions="highest", unmapped="renormalise")
+        for got, want in zip(best, alone, strict=False):
+            np.testing.assert_allclose(got[start : end - 1], want[:-1], atol=1e-6)
+        rejected = np.flatnonzero(~rows.accepted[:-1])
+        np.testing.assert_array_equal(best.ids[start + rejected, 0], ids[rejected + 1])
+        assert np.all(best.logp[start + rejected, 0] == 0)
+        texts += len(rejected)
+    assert texts > 10
+
+
+def test_by_bytes_more_rows_have_a_source_and_by_edit_distance_more_mass_has_a_target(place: Path) -> None:
+    def counts(**options: Any) -> tuple[float, float]:
+        one = fused(place, "p400", "p520", config=replace(HERE, **options)).shard(0, 0)[1]["sources"][0]
+        return one["accepted"] / one["rows"], one["mapped"] / one["named"]
+
+    spans, soft, strict, hard = counts(), counts(how="soft"), counts(how="soft", strict=True), counts(how="hard")
+    assert spans[0] > strict[0] and soft[0] >= strict[0] >= 0.3 and soft[0] >= hard[0]
+    assert soft[1] > hard[1] and spans[1] > counts(vocab="exact")[1]
+
+
 def test_oracle_3_a_teacher_with_the_targets_tokenizer_passes_exactly(place: Path, tmp_path: Path) -> None:
-    fuse_taught(config_of(place, "p400"), str(tmp_path / "out"), sources(place, "p400"), HERE)
-    assert records(tmp_path / "out") == records(place / "taught-p400")
+    """To the bit, where it names tokens alone; what it expects of its table's padding goes to the tail."""
+    config = config_of(place, "p400")
+    make_up(tmp_path / "taught", config, 400, seed=8)
+    fuse_taught(config, str(tmp_path / "out"), [(str(tmp_path / "taught"), config)], HERE)
+    assert records(tmp_path / "out") == records(tmp_path / "taught")
+    fuser = fused(place, "p400", "p400")
+    stored = fuser.teachers[0].records[1].at(np.arange(len(fuser.corpora[1].tokens)))
+    (best,) = shards_of(fuser)[1]
+    padded = (stored.ids >= 400).any(axis=1) & (stored.tail < 1)
+    assert 0 < padded.sum() < len(padded)
+    for got, want in zip(best, stored, strict=True):
+        np.testing.assert_array_equal(got[~padded], want[~padded])
+    lost = np.where(stored.ids >= 400, np.exp(stored.logp), 0).sum(axis=1)
+    np.testing.assert_allclose(best.tail[padded], (stored.tail + lost)[padded], atol=2e-3)
 
 
 def test_oracle_3_fewer_tokens_are_the_first_and_renormalised_they_are_divided_by_their_sum(place: Path) -> None:
@@ -252,10 +300,10 @@ def first_batch(config: TrainConfig, out: Path) -> Batch:
 
 def loss_and_gradient(config: TrainConfig, batch: Batch, step: int = 0, loss: Any = None) -> tuple[float, dict[str, np.ndarray]]:
     experiment = pretrain.experiment(config, precision="float32", loss=loss)
-    forward = lambda params, batch: observe(experiment.lm)(params, batch, None, jax.numpy.int32(step))
+    forward = lambda params, batch: observe(experiment.lm)(params, batch, None)
     params = jax.tree.map(jax.numpy.asarray, random_params(config.model, seed=9))
-    value = lambda params: as_loss_fn(forward, experiment.loss)(params, {}, batch, experiment.loss.init(params))[0]
-    number, gradient = jax.jit(jax.value_and_grad(value))(params)
+    value = lambda params, batch: as_loss_fn(forward, experiment.loss)(params, {}, batch, experiment.loss.init(params), step=step)[0]
+    number, gradient = jax.jit(jax.value_and_grad(value))(params, batch)
     return float(number), {path: np.asarray(leaf) for path, leaf in tree.items(gradient)}
 
 

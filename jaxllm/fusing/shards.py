@@ -231,11 +231,6 @@ class Fuser:
         found = teacher.records[stretch.corpus].at(where[accepted])
         p, known = np.exp(found.logp.astype(np.float64)), teacher.vocab[found.ids] >= 0
         named, mapped = float(p.sum()), float(p[known].sum())
-        if teacher.own and config.unmapped == "tail" and config.k == teacher.meta.k and known.all():
-            best = taught.nothing(self.meta.layout, len(where))
-            for ours, theirs in zip(best, found, strict=True):
-                ours[accepted] = theirs
-            return best, named, mapped
         rows = np.full(len(stretch.targets), -1, np.int32)  # one more, so that the last row has a next token
         rows[:-1][accepted] = np.arange(len(found.ids))
         top = project(
@@ -243,7 +238,12 @@ class Fuser:
             collisions=config.collisions, unmapped=config.unmapped, rejected=config.rejected,
         )  # fmt: skip
         top = TopK(*(field[:-1] for field in top))
-        return Best(*top, logp_of(top, stretch.targets[1:])), named, mapped
+        best = Best(*top, logp_of(top, stretch.targets[1:]))
+        if teacher.own and config.unmapped == "tail" and config.k == teacher.meta.k:  # as it is, where it names no padding of its table
+            whole = known.all(axis=1)
+            for ours, theirs in zip(best, found, strict=True):
+                ours[np.flatnonzero(accepted)[whole]] = theirs[whole]
+        return best, named, mapped
 
     def _together(self, tops: Sequence[Best], weights: Float[np.ndarray, "sources documents"], stretch: Stretch) -> Best:
         """The chosen teacher's predictions in each document, or the mean of all."""

@@ -32,7 +32,7 @@ class FuseConfig:
     unmapped: Literal["tail", "renormalise"] = "tail"
     """What is kept of the probability of ids that become none: it is in the tail; or the others are divided by their sum."""
     rejected: Literal["one_hot", "empty"] = "one_hot"
-    """Rows without a row of the teacher: the next token for certain, or nothing known."""
+    """Rows without a row of the teacher: the next token for certain, or nothing known. With avg_ce, of each teacher by itself."""
     changed: Literal["refuse", "skip"] = "refuse"
     """Documents that a tokenizer does not spell as they are, as it normalises them: an error, or no rows inside what differs."""
     workers: int = 2
