@@ -35,8 +35,10 @@ from jaxllm.evals.records import tolerate
 from jaxllm.flags import parse_flags
 from jaxllm.generate.limits import check_cache, check_memory
 from jaxllm.generate.lock import hold
+from jaxllm.generate.proxy import PROXY, ProxyFlags, Steered, describe, steered
 from jaxllm.metrics import read_lines
 from jaxllm.models.generate import generator, sampler
+from jaxllm.models.proxy import with_prompts
 from jaxllm.pretrained import ONE_DEVICE, Pretrained
 
 USAGE = """usage: jaxllm eval CHECKPOINT --tasks TASK … [--harness TASK …] [--FIELD VALUE …]
@@ -46,20 +48,21 @@ CHECKPOINT is a run directory, a converted folder, or one checkpoint of either. 
 a TASK of --harness is one that lm-evaluation-harness knows, or the path of a task file. Several are separated by spaces or commas."""
 
 _SCORES = ("limit", "batch_tokens")
+_EXPERT = ("expert_chat", "expert_system", "expert_prefix")
 _WRITES = (
-    "limit", "seed", "max_new_tokens", "num_samples", "num_beams", "length_penalty", "temperature", "top_p", "batch_rows",
+    "limit", "seed", "max_new_tokens", "num_samples", "num_beams", "length_penalty", "temperature", "top_p", "batch_rows", *_EXPERT,
 )  # fmt: skip
 READ = {
     "text": (*_SCORES, "stride"), "choice": (*_SCORES, "num_shots", "seed", "answer_context"), "lambada": (*_SCORES, "num_shots", "seed"),
     "gsm8k": (*_WRITES, "num_shots"), "human_eval": (*_WRITES, "run_code"),
-    "harness": (*_SCORES, "include_path", "num_shots", "seed", "max_new_tokens", "batch_rows", "run_code"),
-    "any task": ("tasks", "harness", "out", "precision", "max_length", "mesh"),
+    "harness": (*_SCORES, "include_path", "num_shots", "seed", "max_new_tokens", "batch_rows", "run_code", *_EXPERT),
+    "any task": ("tasks", "harness", "out", "precision", "max_length", "mesh", *(name for name in PROXY if name not in _EXPERT)),
 }  # fmt: skip
 """Task -> the flags that change something for it."""
 
 
 @dataclass(frozen=True)
-class EvalConfig(tasks.Options):
+class EvalConfig(tasks.Options, ProxyFlags):
     """What to evaluate, and how."""
 
     tasks: tuple[str, ...] = ()
@@ -87,6 +90,9 @@ class EvalConfig(tasks.Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_proxy()
+        if self.talks and self.num_beams > 1:
+            raise ConfigError("--num_beams gives all three models one prompt; leave out --expert_chat, or sample")
         for name, least in {"max_length": 0, "batch_tokens": 1, "batch_rows": 1}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least {least}")
@@ -147,18 +153,19 @@ def evaluate(checkpoint: str, config: EvalConfig, *, bar: TextIO | None = None) 
     mesh = sharding.make_mesh(config.mesh)
     with hold(out), jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         _refuse_foreign(out)
-        model = _load(checkpoint, config.precision, mesh)
+        steering = {name: getattr(config, name) for name in ("max_length", *PROXY)} if config.expert else {}
+        model = _load(checkpoint, config.precision, mesh, **steering)
         # All tasks are read before the first is run: what is wrong with the last one shows at once.
         ours = [(spec, tasks.load(spec, model.tokenizer, _max_length(model, config), config)) for spec in named]
         record: dict[str, Any] = {"checkpoint": str(checkpoint), "checkpoint_hash": identity, "tasks": {}}
         for spec, task in ours:
             started, matters = time.monotonic(), WRITTEN if task.writes else SCORED
-            how = settings(config, matters) | {"tokenizer": model.tokenizer.fingerprint[:8]}
+            how = settings(config, matters) | {"tokenizer": model.tokenizer.fingerprint[:8], **describe(config)}
             if task.writes:
                 how["stop_ids"] = list(model.stop_ids)
             with Answers(out.with_suffix(".answers.jsonl"), f"{task.fingerprint()}/{_digest(how)}/{identity}", spec, task) as answers:
                 metrics = task.report(_answer(model, mesh, config, task, answers, Bar(spec, len(task.items), bar)))
-            record["tasks"][_name(spec, config, matters)] = {
+            record["tasks"][_name(spec, config, (*matters, *PROXY))] = {
                 "metrics": {name: plain(metric) for name, metric in metrics.items()}, "num_documents": task.num_documents,
                 "seconds": round(time.monotonic() - started, 2), "fingerprint": task.fingerprint(), "settings": how,
             }  # fmt: skip
@@ -174,9 +181,16 @@ def lm_eval(words: Sequence[str]) -> int:
     return harness.command(words, _load)
 
 
-def _load(checkpoint: str, precision: str, mesh: Mesh | None = None) -> Pretrained:
+def _load(checkpoint: str, precision: str, mesh: Mesh | None = None, max_length: int = 0, **proxy: Any) -> Pretrained:
+    """The model; with --expert and its like, steered by two small ones."""
+    exact: Any = None if precision == "auto" else precision
     with contextlib.redirect_stdout(sys.stderr):  # what there is to say of a checkpoint is no result
-        return pretrained.load(checkpoint, mesh=mesh, precision=None if precision == "auto" else precision)  # type: ignore[arg-type]
+        model = pretrained.load(checkpoint, mesh=mesh, precision=exact)
+        flags = ProxyFlags(**proxy)
+        flags.check_proxy()
+        if not flags.expert:
+            return model
+        return steered(model, flags, checkpoint=checkpoint, max_length=max_length, mesh=mesh, precision=exact)
 
 
 # ------------------------------------------------------------------------------------------- answering
@@ -201,6 +215,9 @@ def _answer(model: Pretrained, mesh: Mesh, config: EvalConfig, task: tasks.Task,
             longest = max(len(generation.encode_prompt(writer, i, prompt)) for i, prompt in enumerate(prompts))
             rows = max(min(config.batch_rows, len(prompts)), config.num_samples, config.num_beams)
             check_cache(lm, rows, longest + config.max_new_tokens, mesh, beams=config.num_beams > 1)
+            if isinstance(model, Steered) and model.reader is not None:
+                own = {tuple(generation.encode_prompt(writer, i, one)): model.expert_ids(writer, one) for i, one in enumerate(prompts)}
+                writer = dataclasses.replace(writer, generate=with_prompts(generate, own, writer.max_length))
             return generation.write(writer, prompts, num_samples=config.num_samples, seed=config.seed, done=answers.done, on_batch=note)
         scorer = likelihood.scorer(
             model.lm, max_length=_max_length(model, config), batch_tokens=config.batch_tokens,
@@ -221,7 +238,8 @@ def _run_harness(model: Pretrained, mesh: Mesh, config: EvalConfig, names: Seque
         model, batch_size=config.batch_rows, max_length=config.max_length or None, batch_tokens=config.batch_tokens,
         row_multiple=sharding.axis_size(mesh, sharding.BATCH_AXES), max_gen_toks=config.max_new_tokens, seed=config.seed,
     )  # fmt: skip
-    answers = _digest(settings(config, ("precision", "max_length", "seed", "max_new_tokens")))  # lm-eval knows them by request
+    proxy = describe(config)
+    answers = _digest(settings(config, ("precision", "max_length", "seed", "max_new_tokens")) | proxy)  # lm-eval knows them by request
     found = harness.evaluate(
         lm, names, include_path=config.include_path, num_shots=config.num_shots, limit=config.limit,
         cache_path=f"{cache}.{answers}", run_code=config.run_code,
@@ -235,9 +253,9 @@ def _run_harness(model: Pretrained, mesh: Mesh, config: EvalConfig, names: Seque
                 error = values.get(f"{label}_stderr,{filtered}")
                 shown = label if filtered == "none" else f"{label} ({filtered})"
                 metrics[shown] = plain(Metric(float(value), float(error) if isinstance(error, int | float) else math.nan))
-        results[_name(f"harness:{name}", config, HARNESS)] = {
+        results[_name(f"harness:{name}", config, (*HARNESS, *PROXY))] = {
             "metrics": metrics, "num_documents": found.get("n-samples", {}).get(name, {}).get("effective", 0),
-            "version": found["versions"].get(name), "settings": settings(config, HARNESS),
+            "version": found["versions"].get(name), "settings": settings(config, HARNESS) | proxy,
         }  # fmt: skip
     return results
 

@@ -14,6 +14,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,21 @@ from jaxllm.evals import generation, likelihood
 from jaxllm.evals.generation import Prompt, Writer
 from jaxllm.evals.likelihood import Score
 from jaxllm.models.generate import generator, sampler
+from jaxllm.models.proxy import with_prompts
 
 NAME = "jaxllm"
 
+_PROXY: dict[str, Callable[[Any], Any]] = {
+    "expert": str, "anti_expert": str, "alpha": float, "expert_chat": str, "expert_system": str, "expert_prefix": str,
+    "plausible": float, "vocab_tail": str,
+}  # fmt: skip
+"""Arguments of proxy-tuning, and how a word becomes one."""
 _GENERATION = {"until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p"}
 
 
-type Load = Callable[[str, str], Any]
-"""(checkpoint, precision or 'auto') -> a `jaxllm.pretrained.Pretrained`: lm, params, tokenizer, chat_template, stop_ids."""
+type Load = Callable[..., Any]
+"""(checkpoint, precision or 'auto', **proxy) -> a `jaxllm.pretrained.Pretrained`: lm, params, tokenizer, chat_template, stop_ids; under
+proxy-tuning also `reader`, None where all three models read one prompt, and `expert_ids(writer, prompt)`."""
 
 
 class Answers:
@@ -45,10 +53,17 @@ class Answers:
     def __init__(
         self, pretrained: Any, batch_size: int | str | None = None, max_batch_size: int | None = None,
         device: str | None = None, precision: str = "auto", max_length: int | None = None, batch_tokens: int = 4096,
-        row_multiple: int = 1, max_gen_toks: int = 256, seed: int = 0,
+        row_multiple: int = 1, max_gen_toks: int = 256, seed: int = 0, **proxy: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.model = type(self).load(pretrained, precision) if isinstance(pretrained, str) else pretrained
+        if unknown := sorted(set(proxy) - set(_PROXY)):
+            raise ConfigError(
+                f"--model_args has no '{unknown[0]}'{nearest(unknown[0], _PROXY) or ';'} proxy-tuning's are {', '.join(_PROXY)}"
+            )
+        proxy = {name: _PROXY[name](value) for name, value in proxy.items()}
+        if proxy:
+            proxy["max_length"] = int(max_length or 0)
+        self.model = type(self).load(pretrained, precision, **proxy) if isinstance(pretrained, str) else pretrained
         self._scorer = likelihood.scorer(
             self.model.lm, max_length=max_length, batch_tokens=int(batch_tokens), row_multiple=row_multiple
         )  # fmt: skip
@@ -58,6 +73,7 @@ class Answers:
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(Σ log p, whether greedy decoding gives it) of each (context, continuation)."""
+        self._refuse_own_prompts()
         pairs = likelihood.encode_pairs(self.model.tokenizer, [request.args for request in requests], special=True)
         with _bar(len(pairs), "loglikelihood", disable_tqdm) as bar:
 
@@ -71,6 +87,7 @@ class Answers:
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Σ log p of each text, in windows of max_length."""
+        self._refuse_own_prompts()
         tokenizer, windows, owner = self.model.tokenizer, [], []
         start = likelihood.start_of_text(tokenizer)
         for i, tokens in enumerate(tokenizer.encode_batch([request.args[0] for request in requests], special=True)):
@@ -100,8 +117,20 @@ class Answers:
                         texts[mine[i]] = text
                         self.cache_hook.add_partial("generate_until", requests[mine[i]].args, text)
 
-                generation.write(self._writer(settings), [found[i][0] for i in mine], seed=self._seed, on_batch=note)
+                prompts = [found[i][0] for i in mine]
+                generation.write(self._steered(self._writer(settings), prompts), prompts, seed=self._seed, on_batch=note)
         return [texts[i] for i in range(len(found))]
+
+    def _steered(self, writer: Writer, prompts: Sequence[Prompt]) -> Writer:
+        """`writer`, in which an expert with prompts of its own reads those."""
+        if getattr(self.model, "reader", None) is None:
+            return writer
+        own = {tuple(generation.encode_prompt(writer, i, one)): self.model.expert_ids(writer, one) for i, one in enumerate(prompts)}
+        return replace(writer, generate=with_prompts(writer.generate, own, writer.max_length))
+
+    def _refuse_own_prompts(self) -> None:
+        if getattr(self.model, "reader", None) is not None:
+            raise ConfigError("likelihoods have one prompt for all three models; leave out expert_chat for tasks that are scored")
 
     def _writer(self, settings: tuple[float, int, float]) -> Writer:
         if settings not in self._writers:
@@ -136,7 +165,8 @@ def adapter(load: Load) -> Any:
     """The model class, registered with lm-eval as `jaxllm`.
 
     Its arguments (`--model_args`): pretrained, precision (auto), max_length (the model's), batch_tokens (4096),
-    max_gen_toks (256), seed (0). lm-eval's --batch_size is the number of rows that are written at once (8).
+    max_gen_toks (256), seed (0); under proxy-tuning expert, anti_expert, alpha (1), expert_chat, expert_system, expert_prefix,
+    plausible (0), vocab_tail (refuse). lm-eval's --batch_size is the number of rows that are written at once (8).
 
     Raises:
       ConfigError: lm-eval is not installed.

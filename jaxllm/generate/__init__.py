@@ -3,6 +3,8 @@
 writer.py    the flags, and the model made ready: prompts in, texts out
 command.py   the words of the command; one prompt; a chat
 files.py     a file of prompts, through interruptions
+proxy.py     two small models beside the large one (proxy-tuning): flags, checks, loading, what the expert reads
+trace.py     what they changed in a text, token by token
 timing.py    how long one step takes for given shapes
 """
 

@@ -16,8 +16,11 @@ from jaxllm.data import chat
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.evals.records import encodable
 from jaxllm.generate.limits import check_cache
+from jaxllm.generate.proxy import Prompt, ProxyFlags, Reader, Steered, expert_prompt, prompts_of_expert
+from jaxllm.generate.trace import Written
 from jaxllm.models.beam import beam_search
 from jaxllm.models.generate import Generator, Memory, check_lengths, completions, generator, sampler
+from jaxllm.models.proxy import Trio, proxy_lm
 from jaxllm.models.text_stream import TextStream
 
 type OnText = Callable[[int, str], None]
@@ -25,7 +28,7 @@ type OnText = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(ProxyFlags):
     """The flags of `jaxllm generate`."""
 
     prompt: str = ""
@@ -64,6 +67,8 @@ class GenerateConfig:
     """Token ids that end a continuation, besides those that the model came with."""
     logprobs: bool = False
     """With --file: write each token's id and log-probability (under the model itself, before temperature and the rest)."""
+    trace: str = ""
+    """Proxy-tuning: a page (.html) that shows which tokens of what is written the small models made more likely, and by how much."""
     seed: int = 0
     """Same seed, same text, whatever else is in the batch."""
     batch_size: int = 8
@@ -89,6 +94,9 @@ class GenerateConfig:
                 encodable(text, f"--{name}")
         if "" in self.stop:
             raise ConfigError("--stop has an empty text, which would end every continuation at once; leave it out")
+        self.check_proxy()
+        if self.trace and not self.expert:
+            raise ConfigError("--trace shows what proxy-tuning changes; give --expert and --anti_expert with it, or leave it out")
         self._refuse_unused()
         if self.file and not self.out:
             raise ConfigError("--file needs --out RESULTS.jsonl, where the results go")
@@ -101,7 +109,7 @@ class GenerateConfig:
         drawn = ("temperature", "top_k", "top_p", "min_p", "seed")
         unused = {
             "--file": (self.file, ("prompt", "chat", "system")),
-            "--chat": (self.chat, ("out", "batch_size", "logprobs", "num_samples")),
+            "--chat": (self.chat, ("out", "batch_size", "logprobs", "num_samples", "trace")),
             "--prompt": (self.prompt and not self.chat, ("out", "batch_size", "logprobs", "system")),
             "--num_beams": (self.num_beams > 1, (*drawn, "logprobs")),
             "--num_beams 1": (self.num_beams == 1, ("length_penalty",)),
@@ -141,6 +149,12 @@ class Writer:
     stop_ids: tuple[int, ...]
     engine: Generator
     mesh: Any
+    reader: Reader | None = None
+    """Of the expert's prompts, where they are others."""
+    trio: Trio | None = None
+    """What `lm` is made of under proxy-tuning."""
+    written: list[Written] = field(default_factory=list)
+    """What --trace is to be made of: all that was continued so far."""
 
     def texts(
         self, prompts: Sequence[Sequence[int]], on_text: OnText = lambda row, text: None, memory: Memory | None = None
@@ -157,8 +171,13 @@ class Writer:
         room = self.check(prompts)
         with nullcontext() if self.mesh.size == 1 else jax.set_mesh(self.mesh):
             if self.config.num_beams > 1:
-                return self._beams(prompts, room, self.context, on_text)
-            return self._samples(prompts, room, self.context, on_text, memory)
+                texts = self._beams(prompts, room, self.context, on_text)
+            else:
+                texts = self._samples(prompts, room, self.context, on_text, memory)
+        if self.config.trace:
+            asked = {id(prompt): (prompt, own) for prompt, own in zip(prompts, texts, strict=True)}  # a batch is filled up with its last
+            self.written.extend(Written(prompt, expert_prompt(prompt), text.ids) for prompt, own in asked.values() for text in own)
+        return texts
 
     @property
     def context(self) -> int:
@@ -174,8 +193,13 @@ class Writer:
         Raises:
           ConfigError: a prompt that is empty or fills the context (says by how much), or a cache that memory does not hold.
         """
-        room = [max(1, min(self.config.num_tokens, self.context - len(prompt))) for prompt in prompts]
+        own = [expert_prompt(prompt) for prompt in prompts]  # one text for all: the longer one counts
+        room = [max(1, min(self.config.num_tokens, self.context - max(map(len, both)))) for both in zip(prompts, own, strict=True)]
         num_slots = check_lengths(self.lm, list(map(len, prompts)), room, self.context)
+        try:
+            num_slots = max(num_slots, check_lengths(self.lm, list(map(len, own)), room, self.context))
+        except ConfigError as error:
+            raise ConfigError(f"as the expert reads it, {error}") from None
         beams = self.config.num_beams > 1
         copies = self.config.num_beams if beams else self.config.num_samples
         check_cache(self.lm, (num_rows or len(prompts)) * copies, num_slots, self.mesh, beams=beams)
@@ -193,9 +217,10 @@ class Writer:
                 on_text(row, new)
             return rows[row].stopped
 
+        alone = len(rows) == 1 and self.reader is None  # a memory holds what all have read
         done = completions(
-            self.engine, self.params, prompts, num_tokens=room, stop_ids=self.stop_ids, num_samples=config.num_samples,
-            seed=config.seed, max_length=context, memory=memory if len(rows) == 1 else None, watch=watch,
+            self.engine, self._params_for(prompts), prompts, num_tokens=room, stop_ids=self.stop_ids, num_samples=config.num_samples,
+            seed=config.seed, max_length=context, memory=memory if alone else None, watch=watch,
         )  # fmt: skip
         for row, stream in enumerate(rows):
             if rest := stream.close():
@@ -206,7 +231,7 @@ class Writer:
     def _beams(self, prompts: Sequence[Sequence[int]], room: Sequence[int], context: int, on_text: OnText) -> list[list[Text]]:
         config = self.config
         found = beam_search(
-            self.engine, self.params, prompts, num_tokens=room, num_beams=config.num_beams, stop_ids=self.stop_ids,
+            self.engine, self._params_for(prompts), prompts, num_tokens=room, num_beams=config.num_beams, stop_ids=self.stop_ids,
             ends=lambda ids: self._read(ids).stopped, length_penalty=config.length_penalty, max_length=context,
         )  # fmt: skip
         texts = [[Text(self._read(one.ids).text, one.finish, one.ids, [], one.logp) for one in own[: config.num_samples]] for own in found]
@@ -214,6 +239,11 @@ class Writer:
             for sample, text in enumerate(own):
                 on_text(number * config.num_samples + sample, text.text)
         return texts
+
+    def _params_for(self, prompts: Sequence[Sequence[int]]) -> Params:
+        """The params, with the prompts that the expert reads where it has its own."""
+        own = prompts_of_expert(prompts, self.context)
+        return {**self.params, "prompts": own} if own else self.params
 
     def _read(self, ids: Sequence[int]) -> TextStream:
         """The text of these tokens, as far as a stop string."""
@@ -226,16 +256,23 @@ class Writer:
     def encode(self, text: str) -> list[int]:
         """A prompt's ids, bos first where the tokenizer has one; eos or bos alone for an empty text."""
         ids = ([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]) + self.tokenizer.encode(text)
-        return ids or ([] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id])
+        ids = ids or ([] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id])
+        return ids if self.reader is None else Prompt(ids, self.reader.ids(text))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """A chat's ids, up to where the assistant's next turn begins."""
-        return chat.prompt_ids(messages, self.tokenizer, self.chat_template)
+        ids = chat.prompt_ids(messages, self.tokenizer, self.chat_template)
+        return ids if self.reader is None else Prompt(ids, self.reader.chat_ids(messages))
 
 
 def prepare(model: Any, config: GenerateConfig, mesh: Any, precision: Any) -> Writer:
-    """A `pretrained.Pretrained` as this command uses it; on one CPU device laid out for it."""
-    lm, params = model.for_decoding(mesh, precision)
+    """A `pretrained.Pretrained` or `proxy.Steered` as this command uses it; on one CPU device laid out for it."""
+    reader, trio = None, None
+    if isinstance(model, Steered):
+        trio, params = model.trio_for_decoding(mesh, precision)
+        reader, lm = model.reader, proxy_lm(*trio)
+    else:
+        lm, params = model.for_decoding(mesh, precision)
     own = model.config.max_length
     if model.config.position == "learned" and config.max_length > own:
         raise ConfigError(f"--max_length is {config.max_length}, and this model's learned positions end at {own}; lower it")
@@ -243,4 +280,4 @@ def prepare(model: Any, config: GenerateConfig, mesh: Any, precision: Any) -> Wr
         raise ConfigError(f"--stop_ids has {beyond[0]}, and this model's tokens are 0 to {model.config.vocab_size - 1}")
     how = sampler(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty)
     stop_ids = (*model.stop_ids, *config.stop_ids)
-    return Writer(config, lm, params, model.tokenizer, model.chat_template, stop_ids, generator(lm, how), mesh)
+    return Writer(config, lm, params, model.tokenizer, model.chat_template, stop_ids, generator(lm, how), mesh, reader, trio)

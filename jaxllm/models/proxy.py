@@ -2,18 +2,16 @@
 
     p = softmax(s_M + α (s_M⁺ − s_M⁻))  ∝  p_M · (p_M⁺ / p_M⁻)^α
 
-M is the base, M⁺ the expert (small, tuned), M⁻ the anti-expert (the same, untuned). No weight is read together or changed; the three share
-a vocabulary. `combine` is the formula. Two ways lead to it:
+M is the base, M⁺ the expert (small, tuned), M⁻ the anti-expert (the same, untuned): three models of one vocabulary, none of them changed.
+`combine` is the formula. Two ways lead to it:
 
     proxy_lm(base, expert, anti)        an LM of three LMs: it scores, writes, searches and teaches like any other
     proxy_processor(expert, anti)       a `Processor` before the others, for a base that somebody else runs
 
 Both may give each small model a prompt of its own (`own_prompts`), as a chat-tuned expert needs; continuations are the same for all.
-Several experts: proxy_lm(proxy_lm(M, A⁺, A⁻), B⁺, B⁻), or a chain of processors; their differences add up.
-Contrastive decoding and DExperts (arXiv:2105.03023) are the same formula with other models in the three places.
-
-What we do otherwise: the difference is that of log-probabilities, which changes nothing where all three know every token, and gives the
-tokens that some do not know (−∞) a meaning: see `pull`.
+Several pairs: proxy_lm(proxy_lm(M, A⁺, A⁻), B⁺, B⁻), or two processors; differences add up. Contrastive decoding and DExperts
+(arXiv:2105.03023) are other models in the three places. The difference is one of log-probabilities: the same where all three know every
+token, and a meaning for tokens that some do not (`pull`).
 
 Source: arXiv:2401.08565, section 2; the plausibility mask is that of contrastive decoding, arXiv:2210.15097, section 3.3.
 Letters: B rows, P prompts, T prompt length, V vocabulary, D model width, C choices of the top.
@@ -120,10 +118,9 @@ def from_top_k(ids: Int[Array, "*B C"], logps: Float[Array, "*B C"], num_vocab: 
 @partial(jax.tree_util.register_dataclass, data_fields=["tokens", "lengths"], meta_fields=["num_extra"])
 @dataclass(frozen=True)
 class Prompts:
-    """What one small model reads in place of the base's prompts."""
+    """What one small model reads in place of the base's prompts, right-padded."""
 
     tokens: Int[Array | np.ndarray, "P T"]
-    """Right-padded."""
     lengths: Int[Array | np.ndarray, " P"]
     num_extra: int
     """Slots that its cache needs beyond the base's."""
@@ -145,16 +142,16 @@ def own_prompts(prompts: Sequence[Sequence[int]], of_base: Sequence[Sequence[int
     return Prompts(tokens, lengths, bucket(longer) if longer > 0 else 0)
 
 
-def with_prompts(generate: Generator, prompts: Mapping[tuple[int, ...], Sequence[int]], name: str = "expert") -> Generator:
-    """`generate`, made of a `proxy_lm`, whose small model `name` reads prompts[row] where the base reads `row`.
+def with_prompts(generate: Generator, prompts: Mapping[tuple[int, ...], Sequence[int]], max_length: int | None = None) -> Generator:
+    """`generate`, made of a `proxy_lm`, whose expert reads prompts[row] where the base reads `row`.
 
     For callers that know nothing of proxies; others put `own_prompts` into params['prompts'] themselves. Beam search does not come by here.
     """
 
     def prefill(params: Params, frozen: Any, tokens: np.ndarray, lengths: np.ndarray, *rest: Any) -> Any:
         rows = [tuple(row[:length].tolist()) for row, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True)]
-        own = own_prompts([prompts[row] for row in rows], rows)
-        return generate.prefill({**params, "prompts": {name: own}}, frozen, tokens, lengths, *rest)
+        own = {"expert": own_prompts([prompts[row] for row in rows], rows, max_length)}
+        return generate.prefill({**params, "prompts": own}, frozen, tokens, lengths, *rest)
 
     return replace(generate, prefill=prefill)
 
@@ -174,7 +171,7 @@ class Trio(NamedTuple):
 
     @property
     def small(self) -> dict[str, LM]:
-        """The two that steer."""
+        """Those that steer."""
         return {"expert": self.expert, "anti": self.anti}
 
     @property
@@ -186,10 +183,9 @@ class Trio(NamedTuple):
 @partial(jax.tree_util.register_dataclass, data_fields=["parts", "shifts"], meta_fields=["num_slots"])
 @dataclass(frozen=True)
 class Caches:
-    """A cache of three."""
+    """A cache of three: base, expert, anti-expert."""
 
     parts: tuple[Any, Any, Any]
-    """Of base, expert, anti-expert."""
     shifts: tuple[Int[Array, "B 1"], Int[Array, "B 1"]]
     """How much further expert and anti-expert are than the base: tokens that only their prompts have."""
     num_slots: int
@@ -339,13 +335,11 @@ def check_vocab_size(name: str, size: int, of_base: int, tail: Tail) -> None:
 
 
 class _Small(NamedTuple):
-    """What the processor keeps between tokens: of expert and anti-expert, where two."""
+    """What the processor keeps after `step` tokens, for the next one: of expert and anti-expert, where two."""
 
     pull: Float[Array, "B V"]
     step: Int[Array, ""]
-    """Tokens that were chosen."""
     positions: tuple[Int[Array, " B"], Int[Array, " B"]]
-    """Of the next token."""
     caches: tuple[Any, Any]
 
 

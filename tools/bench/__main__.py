@@ -44,6 +44,8 @@ ROWS = (
     Row("the loss pass against dense logits", ("loss_pass", "--chunks", "128")),
     Row("start, and time outside the step", ("overhead",)),
     Row("a decoding step against the bytes that it reads", ("decode_bandwidth",)),
+    Row("a proxy-tuned step against its three models", ("proxy",)),
+    Row("distillation in the step against its parts", ("distill",)),
     Row("token alignment against plain Python", ("align",)),
     Row("weak scaling on v5e, compiled", ("scaling",)),
     Row("memory and work on v5e and v5p, compiled, against MaxText", ("maxtext", "--peer", "MAXTEXT")),
