@@ -22,6 +22,8 @@ from tests.fusions import HERE, NAMES, K, config_of, fused, place, records, sour
 from tests.runs import ROOT
 from tools import fuse as command
 
+pytestmark = pytest.mark.whole  # whole commands: `make faults` runs them
+
 __all__ = ["place"]
 
 

@@ -26,6 +26,8 @@ from jaxllm.generate.trace import Trace, Written, boosted, share_changed, trace,
 from jaxllm.models.proxy import Trio
 from jaxllm.models.transformer import decoder
 
+pytestmark = pytest.mark.whole  # whole commands: `make faults` runs them
+
 LARGE = ModelConfig(num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_size=8, ff_width=24, vocab_size=259, max_length=64)
 SMALL = replace(LARGE, width=12, head_size=4, ff_width=16)
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -26,6 +26,8 @@ from tests.test_prune import same_leaves
 from tools import convert
 from tools import prune as tool
 
+pytestmark = pytest.mark.whole  # whole commands: `make faults` runs them
+
 MODEL = replace(BASE, num_layers=3)
 LLAMA = models.llama3_1_8b
 
