@@ -28,6 +28,8 @@ from jaxllm.surgery import bitnet, bitnet_packed
 from jaxllm.surgery.bitnet_packed import BASE3, SIGNS, TERNARY, Format
 from jaxllm.surgery.energy import energy, fit_scaling
 
+pytestmark = pytest.mark.whole  # compiles much: `make faults` runs them
+
 MODEL = ModelConfig(num_layers=2, width=36, num_heads=4, num_kv_heads=2, head_size=6, ff_width=44, vocab_size=61, max_length=64)
 """No dimension is a multiple of 5 or of 8."""
 SUB = {"norm": "rms", "norm_sites": ".*/(o|down)", "norm_eps": MODEL.norm_eps}

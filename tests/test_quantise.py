@@ -78,7 +78,7 @@ def test_kernels_are_rounded_tile_by_tile(kind: Any) -> None:
     assert quantise.num_bytes(tree.from_items(list(of.items()))) == kernels * {"int8": 2, "int4": 1, "nf4": 1}[kind] // 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_training_sees_the_rounded_base_and_no_gradient_of_it(folder: Path, kind: Any) -> None:
     """Loss and the adapters' steps are those of a float run whose base was rounded beforehand; the state has no kernel."""
     tokens = np.random.default_rng(0).integers(0, 256, (4, 12)).astype(np.int32)
