@@ -69,7 +69,10 @@ def test_the_listener_sees_a_compilation() -> None:
 
 
 def test_an_unknown_command_gets_the_nearest(refused: Refused) -> None:
-    assert refused("trian", QUICKSTART) == "no command 'trian'; did you mean 'train'? commands: train, plan, generate, eval, report, init"
+    assert (
+        refused("trian", QUICKSTART)
+        == "no command 'trian'; did you mean 'train'? commands: train, plan, generate, eval, teach, report, init"
+    )
 
 
 def test_train_without_a_target_says_what_one_is(refused: Refused) -> None:

@@ -46,6 +46,14 @@ SURGERY: dict[type, list[Any]] = {
     config.BottleneckConfig: [config.BottleneckConfig(), config.BottleneckConfig(8, ("mlp/down",))],
     config.PrefixConfig: [config.PrefixConfig(), config.PrefixConfig(5, 16, "infix", 3, "words")],
     config.BitnetConfig: [config.BitnetConfig(), config.BitnetConfig("b158", num_groups=2)],
+    config.QuantiseConfig: [config.QuantiseConfig(), config.QuantiseConfig("nf4", 16, ".*")],
+    config.DistillConfig: [
+        config.DistillConfig(),
+        config.DistillConfig(
+            (("a", 1.0), ("b", 0.5)), kind="jensen_shannon", states="mse", state_layers=((1, 2),), attention_layers=((0, 0),)
+        ),
+        config.DistillConfig(stored=(("c", 2.0),), tail="uniform", ce=0.5, ce_end=1.0),
+    ],
 }
 
 

@@ -111,6 +111,7 @@ def test_tables_of_one_tokenizer_padded_differently_just_work(place: Path) -> No
     assert 0 < metrics["teacher"] < 20
 
 
+@pytest.mark.whole
 def test_two_teachers_a_schedule_and_a_mesh(place: Path) -> None:
     """Sharded by their own rules, the same numbers; and ce runs from 0.2 to 0.8 while the teachers' weights shrink with 1 - ce."""
     teachers = ((str(place / "teacher"), 1.0), (str(place / "wide"), 0.5))
@@ -174,6 +175,7 @@ def test_attention_kl_is_minilm_s(place: Path) -> None:
     assert np.isfinite(value(attention_kl([(0, 0)], "t", heads=3), wide))
 
 
+@pytest.mark.whole
 def test_attention_and_states_train(place: Path) -> None:
     wide = replace(WIDE, num_heads=4, head_size=4)
     pretrained.save(place / "four", wide, jax.tree.map(lambda x: 0.5 * x, random_params(wide)), ByteTokenizer(), source=SOURCE)

@@ -29,6 +29,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return corpus(tmp_path_factory.mktemp("corpus"))
 
 
+@pytest.mark.whole
 def test_debug_learns(text: Path, tmp_path: Path) -> None:
     source = {"kind": "text", "path": str(text), "document": "paragraph"}  # smaller than the preset's, and tokenised at once
     words = ["debug", "--log_every", "1", *(word for name, value in source.items() for word in (f"--data.sources.0.{name}", value))]

@@ -71,6 +71,7 @@ def test_the_loss_falls(finished: Path) -> None:
     assert values[12][0] < values[1][0] - 0.3
 
 
+@pytest.mark.whole
 def test_a_ramp_changes_the_batch_and_not_the_loss_of_a_token(folder: Path) -> None:
     ramp = ("--data.batch_ramp", "2", "4", "--optim.num_microbatches", "4", "--num_steps", "4", "--optim.noise_scale", "True")
     run = train(folder, "ramp", *ramp)

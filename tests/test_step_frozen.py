@@ -150,6 +150,7 @@ def test_the_teacher_has_no_optimizer_state(distilled: Stepper) -> None:
     assert {np.shape(leaf) for leaf in jax.tree.leaves((distilled.state.opt_state, distilled.state.loss_state))} <= student
 
 
+@pytest.mark.whole
 def test_a_run_loads_its_teacher_each_time_and_saves_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
     text = corpus(tmp_path)

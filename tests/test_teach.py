@@ -145,7 +145,7 @@ def test_the_folder_says_what_the_teacher_says_document_by_document(place: Path)
             here = slice(begin - start, begin - start + length)
             np.testing.assert_allclose(got.logp[here], -np.sort(-logp)[:, :K], atol=3e-3)
             np.testing.assert_allclose(np.take_along_axis(logp, got.ids[here], 1), -np.sort(-logp)[:, :K], atol=1e-4)
-            np.testing.assert_allclose(got.actual[here], logp[np.arange(length), corpus.tokens[begin + 1 : begin + 1 + length]], atol=5e-3)
+            np.testing.assert_allclose(got.actual[here], logp[np.arange(length), corpus.tokens[begin + 1 : begin + 1 + length]], 1e-3, 5e-3)
             np.testing.assert_allclose(got.tail[here], 1 - np.exp(-np.sort(-logp)[:, :K]).sum(-1), atol=1e-3)
 
 
