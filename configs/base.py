@@ -19,6 +19,9 @@ from dataclasses import replace
 from configs.models import smollm2_135m
 from jaxllm.config import DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
 
+WIKITEXT = SourceConfig(kind="text", path="cache://data/wikitext2-valid/text")
+"""For evaluation only. `python -m tools.fetch wikitext2-valid` brings it."""
+
 model = ModelConfig(
     num_layers=6, width=256, num_heads=8, num_kv_heads=8, head_size=32, ff_width=704, vocab_size=4096, max_length=512,
     norm="rms", activation="swiglu", position="rope", tied_embeddings=True,
@@ -72,7 +75,7 @@ smollm2 = replace(
     run_dir="",
     save_every=100,
 )
-"""SmolLM2-135M, trained on with the same text: 20 minutes on two cores. `python -m tools.fetch smollm2-135m` brings it."""
+"""SmolLM2-135M, trained on with the same text. `python -m tools.fetch smollm2-135m` brings it."""
 
 debug = replace(
     config,

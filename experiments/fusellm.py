@@ -16,10 +16,10 @@ ensemble need one tokenizer and one shape, so they join models that went on from
 unlike tokenizers: a text's stretches between shared boundaries depend on what follows them, so that a mean of their probabilities is no
 distribution over texts.
 
-    jaxllm train configs/domains.py:code           and :bible, :sotu: ten minutes each
+    jaxllm train configs/domains.py:code           and :bible, :sotu
     python -m tools.fetch smollm2-135m
-    python -m experiments.fusellm small            an hour on two cores; resumes. --list says what is left
-    python -m experiments.fusellm real             20 minutes an arm
+    python -m experiments.fusellm small            resumes; --list says what is left, and about how long
+    python -m experiments.fusellm real             SmolLM2-135M as target, one seed
     jaxllm plan experiments/fusellm.py:paper --gpus a100-40:8x1
 
 Results: docs/results/fusellm.md, written by the command itself.
@@ -317,10 +317,8 @@ def arms_of(
       needs: arms that are models of `setting`.
       short: no merging, no ensemble, no other schedule.
     """
-    names, fusion = (
-        tuple(name for name, _ in setting.sources),
-        FuseConfig(k=setting.k, workers=0),
-    )  # seconds; processes take as long to begin
+    names = tuple(name for name, _ in setting.sources)
+    fusion = FuseConfig(k=setting.k, workers=0)  # seconds; processes take as long to begin
 
     def fused(name: str, names: tuple[str, ...], fusion: FuseConfig, rate_of: str = "", **options: Any) -> Arm:
         described = json.dumps([names, fusion.options()])  # the folder is known once it is made
@@ -397,8 +395,7 @@ Three Pythia models of one domain each, bits a byte (Phil, NIH, USPTO; mean): ba
 """
 
 # Each run: 50 steps of 16 rows of 256 = 204,800 tokens, about the mixed text once. Runs: five arms with 3 rates and 2 more seeds, λ to 1
-# and two experts with 3 seeds: 34; 7.0 M tokens at 4,000 a second (3 M parameters) are 29 minutes, and half a minute each to compile and
-# measure 17. Teaching: 0.13 M tokens of SmolLM2 in 3 minutes, those of the others in 1. Fusing four teachers three times: 1.
+# and two experts with 3 seeds: 34, of 7.0 M tokens together.
 _small = Setting(
     "fusellm-small",
     domains=(("code", domains.code), ("bible", domains.bible), ("sotu", domains.sotu)),

@@ -12,8 +12,8 @@ too. The rate is constant and that of the last step before, as T5's.
 
     jaxllm train configs/base.py                  the model before
     python -m tools.fetch wikitext2-valid         for evaluation only
-    python -m experiments.gqa_uptrain small       an hour on two cores; resumes. --list says what is left
-    python -m experiments.gqa_uptrain real        20 minutes an arm
+    python -m experiments.gqa_uptrain small       resumes; --list says what is left, and about how long
+    python -m experiments.gqa_uptrain real        SmolLM2-135M, one seed
     jaxllm plan experiments/gqa_uptrain.py:paper --topology v4:4x4x4
 
 Results: docs/results/gqa_uptrain.md, written by the command itself.
@@ -38,7 +38,6 @@ ALPHA = 0.1
 """Share of the original steps that arms are uptrained for; losses at 0, 0.02 and 0.05 are evaluations on the way."""
 ROWS = 8
 """Of the decoding step that is timed."""
-WIKITEXT = SourceConfig(kind="text", path="cache://data/wikitext2-valid/text")
 
 uptraining = replace(
     base.config,
@@ -119,9 +118,8 @@ def of_model(model: str | Path, config: TrainConfig, context: int) -> dict[str, 
     from jaxllm.generate.timing import step_seconds
     from jaxllm.surgery.resize import cache_bytes
 
-    wikitext = replace(config, data=replace(config.data, held_out=(WIKITEXT,)))
     return {
-        "wikitext": measures.held_out(model, wikitext, max_batches=32)["loss"],
+        "wikitext": measures.held_out(model, config, on=base.WIKITEXT, max_batches=32)["loss"],
         "cache_mb": cache_bytes(config.model, 1, context, jnp.dtype(jnp.float32).itemsize) / 1e6,
         "decode_ms": 1e3 * step_seconds(config.model, ROWS, context, "float32"),
     }

@@ -16,8 +16,8 @@ Arms at 24,576 parameters: LoRA r 4 on q and v, prefix of 8 states, adapter laye
 
     python -m tools.fetch e2e-nlg             the data
     jaxllm train configs/base.py              the base of `small`; python -m tools.fetch smollm2-135m for `real`
-    python -m experiments.lora small          90 minutes on two cores; resumes. --list says what is left
-    python -m experiments.lora real           20 minutes an arm
+    python -m experiments.lora small          resumes; --list says what is left, and about how long
+    python -m experiments.lora real           SmolLM2-135M, one seed
     python -m experiments.lora page           docs/results/lora.md again
     jaxllm plan experiments/lora.py:paper --gpus a100:1x1
 

@@ -14,10 +14,10 @@ rates. Perplexity of WikiText-2 stands for the paper's tasks in `small`, whose m
 
     python -m tools.fetch wikitext2-valid          for evaluation only
     jaxllm train configs/base.py:teacher           the teacher of `small`; python -m tools.fetch smollm2-135m for `real`
-    python -m experiments.minitron small           90 minutes on two cores; resumes. --list says what is left
+    python -m experiments.minitron small           resumes; --list says what is left, and about how long
     python -m experiments.minitron small --teacher CHECKPOINT --target-params 90M      your own: corrected, pruned, distilled
     python -m experiments.minitron search          shapes near one budget, each healed a little, ranked
-    python -m experiments.minitron real            20 minutes an arm
+    python -m experiments.minitron real            SmolLM2-135M to 90 M, one seed
     jaxllm plan experiments/minitron.py:paper --gpus h100:8x32
 
 Results: docs/results/minitron.md, written by the command itself.
@@ -56,7 +56,6 @@ from jaxllm.surgery.shapes import Shape
 
 type How = Literal["importance", "random", "scratch"]
 
-WIKITEXT = SourceConfig(kind="text", path="cache://data/wikitext2-valid/text")
 CALIBRATION_ROWS = 64
 CORRECTED = "corrected teacher"
 
@@ -125,10 +124,9 @@ def scores(run: Run) -> Mapping[str, float]:
     from jaxllm import measures
 
     assert run.config is not None
-    wikitext = replace(run.config, data=replace(run.config.data, held_out=(WIKITEXT,)))
     return {
         **{f"at {step}": loss for step, loss in measures.losses_by_step(run.run_dir).items()},
-        "wikitext": measures.held_out(run.run_dir, wikitext, max_batches=32)["bits_per_byte"],
+        "wikitext": measures.held_out(run.run_dir, run.config, on=base.WIKITEXT, max_batches=32)["bits_per_byte"],
         "params_m": shapes.num_params(run.config.model) / 1e6,
     }
 
@@ -138,10 +136,9 @@ def untouched(config: TrainConfig, run: Run) -> Mapping[str, float]:
     from jaxllm import measures
 
     found = measures.held_out(config.init_from, config, max_batches=config.eval_batches)
-    wikitext = replace(config, data=replace(config.data, held_out=(WIKITEXT,)))
     return {
         "loss": found["loss"],
-        "wikitext": measures.held_out(config.init_from, wikitext, max_batches=32)["bits_per_byte"],
+        "wikitext": measures.held_out(config.init_from, config, on=base.WIKITEXT, max_batches=32)["bits_per_byte"],
         "params_m": shapes.num_params(config.model) / 1e6,
     }
 

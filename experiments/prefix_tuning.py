@@ -14,8 +14,8 @@ Fine-tuning has a learning-rate search of as many rates.
 
     python -m tools.fetch e2e-nlg && python -m tools.fetch dart
     jaxllm train configs/base.py
-    python -m experiments.prefix_tuning small     90 minutes on two cores; resumes. --list says what is left
-    python -m experiments.prefix_tuning real      20 minutes an arm
+    python -m experiments.prefix_tuning small     resumes; --list says what is left, and about how long
+    python -m experiments.prefix_tuning real      SmolLM2-135M, one seed
     jaxllm plan experiments/prefix_tuning.py:paper --gpus a100:1x1
 
 Results: docs/results/prefix_tuning.md, written by the command itself.

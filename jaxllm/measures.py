@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxllm import checkpoint, optim, pretrain, pretrained, sharding, tree
-from jaxllm.config import ConfigError, TrainConfig, from_dict
+from jaxllm.config import ConfigError, SourceConfig, TrainConfig, from_dict
 from jaxllm.contract import Params
 from jaxllm.data import batch as batches
 from jaxllm.evals.overlap import ALL, overlap
@@ -108,17 +109,23 @@ def saved_bytes(run_dir: Path) -> Mapping[str, float]:
 
 
 def held_out(
-    folder: str | Path, config: TrainConfig, *, max_batches: int = 0, change: Callable[[Params], Params] = lambda params: params
+    folder: str | Path,
+    config: TrainConfig,
+    *,
+    on: SourceConfig | None = None,
+    max_batches: int = 0,
+    change: Callable[[Params], Params] = lambda params: params,
 ) -> dict[str, float]:
     """Loss and bits per byte of the model in `folder` on the held-out rows of `config.data`: what its training would report.
 
     Args:
       folder: a run directory or a converted one.
+      on: the text, in place of what `config.data` holds out.
       max_batches: 0 means all.
       change: what is done to the params first.
     """
     model, mesh = pretrained.load(folder), sharding.make_mesh(ONE_DEVICE)
-    dataset = batches.load(config.data, seed=config.seed)
+    dataset = batches.load(config.data if on is None else replace(config.data, held_out=(on,)), seed=config.seed)
     return pretrain.held_out(model.lm, config)(change(model.params), dataset, mesh, max_batches)
 
 

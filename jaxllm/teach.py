@@ -12,7 +12,6 @@ was written, and leaves the others. Several processes divide the work by --part 
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,15 +66,7 @@ class TeachConfig:
         for name, least in {"k": 1, "context": 0, "batch_tokens": 1}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least {least}")
-        part = re.fullmatch(r"(\d+)/(\d+)", self.part)
-        if part is None or not int(part[1]) < int(part[2]):
-            raise ConfigError(f"--part is '{self.part}'; it is i/n with i from 0 to n - 1, e.g. 0/4")
-
-    @property
-    def shards(self) -> slice:
-        """Which shards this process makes."""
-        first, every = map(int, self.part.split("/"))
-        return slice(first, None, every)
+        taught.part_of(self.part)
 
 
 def main(words: list[str], load_target: Callable[[str], TrainConfig]) -> int:
@@ -144,7 +135,7 @@ def teach(teacher: str, target: TrainConfig, out: str, config: TeachConfig, *, b
         for corpus in dataset.corpora:
             progress = Bar(f"{out}: corpus {corpus.folder.name[:8]}, {corpus.meta['num_tokens']:,} tokens", taught.num_shards(corpus), bar)
             try:
-                for index in range(taught.num_shards(corpus))[config.shards]:
+                for index in range(taught.num_shards(corpus))[taught.part_of(config.part)]:
                     file = taught.shard_file(folder, corpus, index)
                     problem = taught.problem_of(file, contents=True)
                     if problem and file.exists():

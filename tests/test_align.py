@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.align import fuse, spans
-from jaxllm.align.project import TopK, project
+from jaxllm.align.project import project
 from jaxllm.config import ConfigError
 from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.taught import TopK
 
 
 class Words:

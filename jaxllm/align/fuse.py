@@ -21,8 +21,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxllm.align.project import Entries, TopK, check, entries, merged, top_k
+from jaxllm.align.project import Entries, check, entries, merged, top_k
 from jaxllm.config import ConfigError, nearest
+from jaxllm.data.taught import TopK
 
 type Per = Literal["token", "byte"]
 

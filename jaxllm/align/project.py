@@ -23,23 +23,13 @@ from jaxtyping import Float, Int
 
 from jaxllm.align.spans import Rows
 from jaxllm.config import ConfigError, nearest
+from jaxllm.data.taught import TopK
 
 type Collisions = Literal["sum", "highest"]
 type Unmapped = Literal["tail", "renormalise"]
 type Rejected = Literal["one_hot", "empty"]
 
 _ROUNDING = 1e-2  # of a row's sum, as logits stored in 16 bits leave it
-
-
-class TopK(NamedTuple):
-    """The k most probable next tokens at each position: the fields of `jaxllm.losses.tokens.TopK`, in NumPy."""
-
-    ids: Int[np.ndarray, "rows k"]
-    """int32."""
-    logp: Float[np.ndarray, "rows k"]
-    """float32, log-probabilities over the model's whole vocabulary; -inf marks an unused entry."""
-    tail: Float[np.ndarray, " rows"]
-    """float32, probability of everything else."""
 
 
 class Entries(NamedTuple):

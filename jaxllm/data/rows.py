@@ -120,7 +120,7 @@ class Rows:
             pieces = np.repeat(plan.rows[wanted] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
             index, at = fill(out, np.repeat(members, counts), plan.starts[pieces], plan.lengths[pieces], packed.corpus, packed.separate)
             for name, corpora in self.taught.items():
-                for field, values in corpora[source].at(index).extras().items():
+                for field, values in corpora[source].at(index).top._asdict().items():
                     out[extra(f"{name}/{field}")][at] = values
         return out
 
@@ -165,7 +165,7 @@ def extra(name: str) -> str:
 def _untaught(name: str, layout: Layout, shape: tuple[int, ...]) -> Arrays:
     """Rows of which a teacher says nothing."""
     best = nothing(layout, math.prod(shape))
-    return {extra(f"{name}/{field}"): values.reshape(*shape, *values.shape[1:]) for field, values in best.extras().items()}
+    return {extra(f"{name}/{field}"): values.reshape(*shape, *values.shape[1:]) for field, values in best.top._asdict().items()}
 
 
 type At = tuple[np.ndarray, np.ndarray]

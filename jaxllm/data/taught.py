@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from jaxtyping import Float, Int
 
 from jaxllm.config import ConfigError
 from jaxllm.data.corpus import Corpus
@@ -40,8 +42,19 @@ SHARD = 1 << 16
 META = "meta.json"
 
 
+class TopK(NamedTuple):
+    """The k most probable next tokens at each position: the fields of `losses.divergences.TopK`, in NumPy."""
+
+    ids: Int[np.ndarray, "rows k"]
+    """int32."""
+    logp: Float[np.ndarray, "rows k"]
+    """float32, log-probabilities over the model's whole vocabulary; -inf marks an unused entry."""
+    tail: Float[np.ndarray, " rows"]
+    """float32, probability of everything else."""
+
+
 class Best(NamedTuple):
-    """The most probable tokens of some positions; the first three fields are those of `losses.divergences.TopK`."""
+    """What a record holds: `TopK`, and the log-probability of the token that came."""
 
     ids: np.ndarray
     """[n k] int32."""
@@ -52,9 +65,10 @@ class Best(NamedTuple):
     actual: np.ndarray
     """[n] float32."""
 
-    def extras(self) -> dict[str, np.ndarray]:
+    @property
+    def top(self) -> TopK:
         """What a loss needs of it."""
-        return {"ids": self.ids, "logp": self.logp, "tail": self.tail}
+        return TopK(*self[:3])
 
 
 class Layout(NamedTuple):
@@ -152,6 +166,21 @@ def write_meta(folder: Path, meta: Meta) -> None:
 
 
 # --------------------------------------------------------------------------------------------- shards
+
+
+def part_of(text: str) -> slice:
+    """Which shards `--part i/n` means: every n-th, from the i-th on.
+
+    >>> part_of("1/4")
+    slice(1, None, 4)
+
+    Raises:
+      ConfigError: not such a part.
+    """
+    part = re.fullmatch(r"(\d+)/(\d+)", text)
+    if part is None or not int(part[1]) < int(part[2]):
+        raise ConfigError(f"--part is '{text}'; it is i/n with i from 0 to n - 1, e.g. 0/4")
+    return slice(int(part[1]), None, int(part[2]))
 
 
 def num_shards(corpus: Corpus) -> int:

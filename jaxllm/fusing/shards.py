@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxllm.align import dtw, fuse, spans
-from jaxllm.align.project import TopK, project
+from jaxllm.align.project import project
 from jaxllm.config import ConfigError
 from jaxllm.data import batch as batches
 from jaxllm.data import cache as caching
@@ -23,7 +23,7 @@ from jaxllm.data import taught
 from jaxllm.data.chat import pieces
 from jaxllm.data.corpus import Corpus
 from jaxllm.data.source import Document, open_source
-from jaxllm.data.taught import SHARD, Best, Meta, Taught
+from jaxllm.data.taught import SHARD, Best, Meta, Taught, TopK
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.files import path_of, write_atomic
 from jaxllm.fusing.teachers import open_teacher
@@ -234,7 +234,7 @@ class Fuser:
         rows = np.full(len(stretch.targets), -1, np.int32)  # one more, so that the last row has a next token
         rows[:-1][accepted] = np.arange(len(found.ids))
         top = project(
-            TopK(found.ids, found.logp, found.tail), spans.Rows(rows >= 0, rows), teacher.vocab, stretch.targets, k=config.k,
+            found.top, spans.Rows(rows >= 0, rows), teacher.vocab, stretch.targets, k=config.k,
             collisions=config.collisions, unmapped=config.unmapped, rejected=config.rejected,
         )  # fmt: skip
         top = TopK(*(field[:-1] for field in top))

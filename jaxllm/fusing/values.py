@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from jaxllm.config import ConfigError, TrainConfig, check_choices
+from jaxllm.data.taught import part_of
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,7 @@ class FuseConfig:
         check_choices(self, "fusion")
         if self.k < 1 or self.workers < 0:
             raise ConfigError(f"--k is {self.k} and --workers {self.workers}; they must be at least 1 and 0")
-        part = re.fullmatch(r"(\d+)/(\d+)", self.part)
-        if part is None or not int(part[1]) < int(part[2]):
-            raise ConfigError(f"--part is '{self.part}'; it is i/n with i from 0 to n - 1, e.g. 0/4")
-
-    @property
-    def shards(self) -> slice:
-        """Which shards this command makes."""
-        first, every = map(int, self.part.split("/"))
-        return slice(first, None, every)
+        part_of(self.part)
 
     @property
     def mapping(self) -> Literal["first", "exact", "min_edit"]:

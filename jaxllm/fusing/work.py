@@ -61,7 +61,7 @@ def fuse_taught(
 def _missing(folder: Path, fuser: Fuser, say: Callable[[str], None]) -> Iterator[tuple[int, int]]:
     """(corpus, shard) of what this command has to make."""
     for index, corpus in enumerate(fuser.corpora):
-        for number in range(taught.num_shards(corpus))[fuser.config.shards]:
+        for number in range(taught.num_shards(corpus))[taught.part_of(fuser.config.part)]:
             file = taught.shard_file(folder, corpus, number)
             problem = taught.problem_of(file, contents=True) or ("" if tally_file(file).exists() else "has lost its tally")
             if problem and file.exists():
