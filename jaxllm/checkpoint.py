@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -220,10 +221,19 @@ class Checkpointer:
             raise manifest.failure(f"delete old checkpoints in {self.folder}", self.folder, 0, error) from error
 
     def _failed(self, step: int, num_bytes: int, error: Exception) -> Exception:
-        """Remove the partial save and say what was needed."""
-        with contextlib.suppress(OSError):
-            if jax.process_index() == 0 and not manifest.is_complete(self._path(step)):
-                self._path(step).rmtree()
+        """Remove the partial save and say what was needed.
+
+        Orbax raises at the first array that fails, while its threads still write the others: a file that appears beside
+        the deletion makes it start again, and what comes later still counts for nothing and goes when the folder is opened.
+        """
+        partial = self._path(step)
+        if jax.process_index() == 0 and not manifest.is_complete(partial):
+            for _ in range(20):
+                with contextlib.suppress(OSError):
+                    partial.rmtree(missing_ok=True)
+                if not partial.exists():
+                    break
+                time.sleep(0.1)
         return manifest.failure(f"save step {step} in {self.folder}", self.folder, num_bytes, error)
 
     def _set_aside(self, step: int) -> str:

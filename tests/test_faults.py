@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm import manifest
 from tests.runs import SIGINT, SIGKILL, SIGTERM, TINY, Run, corpus, digest, losses, train, train_until
 
 pytestmark = pytest.mark.fault
@@ -40,6 +42,12 @@ def same(a: Path, b: Path) -> None:
     """Identical bits of the last checkpoint, and of every loss on the way."""
     assert digest(a) == digest(b)
     assert losses(a) == losses(b)
+
+
+def whole(run_dir: Path) -> dict[str, bytes]:
+    """Every file of the checkpoints that count, by its content."""
+    folders = [Path(os.fspath(folder)) for folder in manifest.candidates(run_dir)]
+    return {str(p): hashlib.sha256(p.read_bytes()).digest() for folder in folders for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -132,7 +140,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(text: Path, unbroken: dict[str
 def test_a_full_disk_leaves_earlier_checkpoints_whole(text: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
     args = ("--run_dir", str(tmp_path / "run"))
     train_until(r"step +8/", SIGTERM, *args, text=text)
-    before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("0*"))
+    before = whole(tmp_path / "run")
 
     def limit() -> None:  # no file may grow past 16 kB: the arrays do not fit, the log does
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, 16_384))
@@ -141,7 +149,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(text: Path, unbroken: dict
     assert run.finish() in (1, 2), run.output
     assert "bytes" in run.output and "free" in run.output
     assert "Traceback" not in run.output
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("0*")) == before
+    assert whole(tmp_path / "run") == before
     train(*args, text=text)
     same(tmp_path / "run", unbroken["one device"])
 
