@@ -32,7 +32,7 @@ faults: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy jaxllm tools/launch
+	$(BIN)/mypy jaxllm tools/launch configs experiments
 
 oldest: $(VENV)/installed-test build/oldest/installed
 	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -c "import jax; assert jax.__version__ == '0.11.2', jax.__version__"

@@ -25,11 +25,11 @@ Results: docs/results/minitron.md, written by the command itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from configs import base
 from configs.models import llama3_1_8b, mistral_nemo_12b
@@ -47,76 +47,17 @@ from jaxllm.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from jaxllm.files import cache_home, path_of
+from jaxllm.files import path_of
 from jaxllm.step import Experiment
+from jaxllm.students import How, shaped, student
 from jaxllm.study import Arm, Column, Figure, Ordering, Row, Run, Study
 from jaxllm.study.figures import Point, lines, over_rates
 from jaxllm.surgery import shapes
 from jaxllm.surgery.shapes import Shape
 
-type How = Literal["importance", "random", "scratch"]
-
-CALIBRATION_ROWS = 64
 CORRECTED = "corrected teacher"
 
-# ------------------------------------------------------------------------------------------- surgery
-
-
-def scores_of(teacher: Path, config: TrainConfig) -> Any:
-    """Importance in the teacher, on the first rows of the arm's own text; computed once for each teacher and text."""
-    import numpy as np
-
-    from jaxllm import manifest, pretrained
-    from jaxllm.data import batch as batches
-    from jaxllm.data.position import Position
-    from jaxllm.surgery import importance
-
-    dataset = batches.load(config.data, seed=0)
-    fingerprint = manifest.fingerprint(teacher)
-    kept = cache_home() / "scores" / f"{fingerprint}-{dataset.fingerprint[:8]}.npz"
-    if kept.exists():
-        return importance.load(kept, fingerprint)
-    model = pretrained.load(teacher, precision="float32")
-    size = config.data.batch_size
-    items = dataset.read(Position(), lambda size: np.arange(size))
-    rows = [next(items).batch for _ in range(-(-CALIBRATION_ROWS // size))]
-    scores = importance.measure(model.lm, model.params, rows, fingerprint=fingerprint)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    importance.save(kept, scores)
-    return scores
-
-
-def pruned(teacher: Path, folder: Path, config: TrainConfig, how: How) -> str:
-    """The teacher in the shape of `config.model`, as a folder that training starts from; made once."""
-    from jaxllm import pretrained
-    from jaxllm.surgery import importance, prune
-
-    if not (folder / "checkpoints").is_dir():
-        model = pretrained.load(teacher, precision="float32")
-        scores = importance.random(model.config, config.seed) if how == "random" else scores_of(teacher, config)
-        params, new = prune.prune(model.params, model.config, scores, Shape.of(config.model))
-        pretrained.save(
-            folder, new, params, model.tokenizer, chat_template=model.chat_template, stop_ids=model.stop_ids,
-            source={"kind": "prune", "from": str(teacher), "scores": how, "after": Shape.of(new)._asdict()},
-        )  # fmt: skip
-    return str(folder)
-
-
-def student(how: How, source: str, kd: bool = True) -> Callable[[Run], TrainConfig]:
-    """An `Arm.prepare`: weights cut out of the teacher, or fresh ones, and what they learn from.
-
-    Args:
-      source: an arm that is needed, or a folder.
-      kd: learn from the teacher's distributions; else from the text.
-    """
-
-    def prepare(run: Run) -> TrainConfig:
-        assert run.config is not None
-        teacher = run.needs[source].run_dir if source in run.needs else path_of(source)
-        start = "" if how == "scratch" else pruned(teacher, run.run_dir.with_name(f"{run.run_dir.name}-start"), run.config, how)
-        return replace(run.config, init_from=start, distill=DistillConfig(teachers=((str(teacher), 1.0),)) if kd else DistillConfig())
-
-    return prepare
+# ------------------------------------------------------------------------------------------- measures
 
 
 def scores(run: Run) -> Mapping[str, float]:
@@ -202,10 +143,6 @@ RATES = (3e-4, 1e-3, 3e-3)
 BUDGET = 6_300_000
 WIDTH = shapes.near(tuning.model, BUDGET, rank=shapes.nearest_proportions(tuning.model, BUDGET))[0]
 DEPTH = Shape.of(tuning.model)._replace(num_layers=4)
-
-
-def shaped(config: TrainConfig, shape: Shape) -> TrainConfig:
-    return replace(config, model=replace(config.model, **shape._asdict()))
 
 
 def correction(config: TrainConfig) -> TrainConfig:
@@ -327,6 +264,10 @@ def shrinking(teacher: str, target_params: str) -> Study:
 
 _debug = replace(base.debug, name="minitron-debug", num_steps=10, eval_every=5, eval_batches=2)
 _NARROW = Shape.of(_debug.model)._replace(width=24, ff_width=_debug.model.ff_width // 2)
+_WAYS: tuple[tuple[str, How, bool], ...] = (
+    (BEST, "importance", True), ("width, text alone", "importance", False), ("width at random, KD", "random", True),
+    ("from scratch, KD", "scratch", True),
+)  # fmt: skip
 debug = Study(
     name="minitron-debug",
     title=TITLE,
@@ -334,10 +275,7 @@ debug = Study(
         Arm(CORRECTED, base.debug, seeds=(0,)),
         *(
             Arm(name, shaped(_debug, _NARROW), seeds=(0,), needs=(CORRECTED,), prepare=student(how, CORRECTED, kd))
-            for name, how, kd in (
-                (BEST, "importance", True), ("width, text alone", "importance", False), ("width at random, KD", "random", True),
-                ("from scratch, KD", "scratch", True),
-            )
+            for name, how, kd in _WAYS
         ),
         Arm(
             "depth, KD", shaped(_debug, Shape.of(_debug.model)._replace(num_layers=1)), seeds=(0,), needs=(CORRECTED,),

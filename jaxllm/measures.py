@@ -23,6 +23,13 @@ from jaxllm.pretrained import ONE_DEVICE, Pretrained
 from jaxllm.study import Run
 from jaxllm.surgery import adapters, subspace
 
+type Model = Pretrained | str | Path
+"""A loaded one, or the folder to load: a run directory or a converted one."""
+
+
+def _loaded(model: Model) -> Pretrained:
+    return model if isinstance(model, Pretrained) else pretrained.load(model)
+
 
 def written(model: Pretrained, prompts: Sequence[str], *, num_beams: int = 5, num_tokens: int = 80, batch_size: int = 10) -> list[str]:
     """The best continuation of each prompt by beam search, up to a stop token."""
@@ -40,9 +47,9 @@ def written(model: Pretrained, prompts: Sequence[str], *, num_beams: int = 5, nu
 
 
 def against_references(
-    run_dir: Path, file: str, *, num_prompts: int = 100, num_beams: int = 5, scores: Sequence[str] = ALL
+    model: Model, file: str, *, num_prompts: int = 100, num_beams: int = 5, scores: Sequence[str] = ALL
 ) -> dict[str, float]:
-    """Overlap of what a run writes with the references of the first tables of a file, spread evenly over it.
+    """Overlap of what a model writes with the references of some tables of a file, spread evenly over it.
 
     Args:
       file: JSON lines with `prompt` and `references`; may be a `cache://` path.
@@ -55,15 +62,19 @@ def against_references(
         raise ConfigError(f"no file {file}{how_to_get(file)}")
     lines = path.read_text().splitlines()
     chosen = [json.loads(lines[int(i)]) for i in np.linspace(0, len(lines) - 1, min(num_prompts, len(lines)))]
-    texts = written(pretrained.load(run_dir), [one["prompt"] for one in chosen], num_beams=num_beams)
+    texts = written(_loaded(model), [one["prompt"] for one in chosen], num_beams=num_beams)
     return overlap(texts, [one["references"] for one in chosen], scores)
 
 
 def table_to_text(run: Run) -> dict[str, float]:
     """An `Arm.measure`: what a run writes for 100 tables of the dev set that it is evaluated on, and what must be kept of it."""
     assert run.config is not None
-    dev = run.config.data.held_out[0].path.replace("_pairs", "")
-    return {**against_references(run.run_dir, dev), **saved_bytes(run.run_dir)}
+    return {**on_tables(run.run_dir, run.config), **saved_bytes(run.run_dir)}
+
+
+def on_tables(model: Model, config: TrainConfig) -> dict[str, float]:
+    """Overlap of what a model writes with the references of 100 tables of the dev set that `config` is evaluated on."""
+    return against_references(model, config.data.held_out[0].path.replace("_pairs", ""))
 
 
 def trained_leaves(run_dir: Path) -> tuple[TrainConfig, Params]:
@@ -109,22 +120,21 @@ def saved_bytes(run_dir: Path) -> Mapping[str, float]:
 
 
 def held_out(
-    folder: str | Path,
+    model: Model,
     config: TrainConfig,
     *,
     on: SourceConfig | None = None,
     max_batches: int = 0,
     change: Callable[[Params], Params] = lambda params: params,
 ) -> dict[str, float]:
-    """Loss and bits per byte of the model in `folder` on the held-out rows of `config.data`: what its training would report.
+    """Loss and bits per byte of a model on the held-out rows of `config.data`: what its training would report.
 
     Args:
-      folder: a run directory or a converted one.
       on: the text, in place of what `config.data` holds out.
       max_batches: 0 means all.
       change: what is done to the params first.
     """
-    model, mesh = pretrained.load(folder), sharding.make_mesh(ONE_DEVICE)
+    model, mesh = _loaded(model), sharding.make_mesh(ONE_DEVICE)
     dataset = batches.load(config.data if on is None else replace(config.data, held_out=(on,)), seed=config.seed)
     return pretrain.held_out(model.lm, config)(change(model.params), dataset, mesh, max_batches)
 

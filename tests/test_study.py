@@ -195,6 +195,7 @@ def test_derived_arms_measure_the_runs_of_their_seed() -> None:
         assert need.config is not None and (need.config.optim.lr, need.config.seed) == (0.1, seed)
         assert rundir.read_json(need.run_dir / "results.json")["loss"] == 0.1 + seed
         assert need.config.run_dir == str(need.run_dir)
+        assert need.metrics["loss"] == 0.1 + seed and not run.metrics
 
 
 def test_an_arm_may_start_from_anothers_run_and_three_seeds_from_one() -> None:

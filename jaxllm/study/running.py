@@ -244,7 +244,7 @@ def _with_needs(context: Context, job: Job, folder: Path) -> Run:
     needs = {need.arm.name: _there(context, need) for need in job.needs}
     if job.config is None:
         folder.mkdir(parents=True, exist_ok=True)
-    return Run(config, folder, job.seed, needs, context.say)
+    return Run(config, folder, job.seed, needs, say=context.say)
 
 
 def _there(context: Context, job: Job) -> Run:
@@ -263,7 +263,7 @@ def _there(context: Context, job: Job) -> Run:
             job.arm.measure(run)
         else:
             _train(context, job, replace(run, config=_prepared(job, run)), Clock(folder))
-    return run if job.config is None else replace(run, config=_as_trained(job.config, folder))
+    return replace(run, metrics=row["metrics"], config=None if job.config is None else _as_trained(job.config, folder))
 
 
 def _prepared(job: Job, run: Run) -> TrainConfig:

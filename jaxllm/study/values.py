@@ -31,6 +31,8 @@ class Run:
     seed: int
     needs: Mapping[str, Run] = field(default_factory=dict)
     """The runs of the same seed that the arm needs, by the name of their arm."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of one that is needed: the numbers of its row."""
     say: Callable[[str], None] = print
 
 
