@@ -519,19 +519,9 @@ paper = TrainConfig(
 
 
 def build(config: TrainConfig, *, precision: Precision) -> Experiment:
-    """The usual experiment. Where batches come without the stored predictions, as those of a plan do, empty ones stand in."""
+    """The usual experiment; the paper's stored predictions, which are not here, are planned by their number."""
     made = pretrain.experiment(replace(config, distill=DistillConfig()), precision=precision)
-    made = distill.experiment(replace(made, config=config), precision, ())
-    return replace(made, rollout=partial(_stand_in, PAPER.k))
-
-
-def _stand_in(k: int, params: Any, frozen: Any, batch: Any, key: Any) -> Any:
-    import jax.numpy as jnp
-
-    del params, frozen, key
-    shape = batch.tokens.shape
-    empty = {"ids": jnp.zeros((*shape, k), jnp.int32), "logp": jnp.full((*shape, k), -jnp.inf), "tail": jnp.ones(shape)}
-    return batch.replace(extras={f"stored/{name}": value for name, value in empty.items()} | batch.extras)
+    return distill.experiment(replace(made, config=config), precision, (), stored_k=PAPER.k)
 
 
 PRESETS: dict[str, TrainConfig | Study] = {"debug": debug, "small": small, "real": real, "paper": paper}

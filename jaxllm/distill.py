@@ -25,6 +25,7 @@ from jaxllm import rundir, sharding, tree
 from jaxllm.config import ConfigError, DataConfig, DistillConfig, ModelConfig, Precision, TrainConfig
 from jaxllm.contract import LM, STUDENT, Batch, Obs, Params
 from jaxllm.data.batch import Dataset
+from jaxllm.data.taught import Layout, nothing, read_meta
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.files import path_of
 from jaxllm.losses.annotate import teacher
@@ -83,11 +84,12 @@ def of_config(name: str, model: ModelConfig, precision: Precision) -> Teacher:
     return Teacher(name, lm, load, None)
 
 
-def experiment(base: Experiment, precision: Precision, teachers: Sequence[Teacher] | None = None) -> Experiment:
+def experiment(base: Experiment, precision: Precision, teachers: Sequence[Teacher] | None = None, stored_k: int = 0) -> Experiment:
     """`base` with the teachers of its config, and their loss in place of its own.
 
     Args:
       teachers: those of `config.distill.teachers`, in its order; None reads them from their folders.
+      stored_k: tokens that a stored teacher tells at each position, for the plan of a run whose folders are not here.
 
     Raises:
       ConfigError: a teacher that is not there, of another tokenizer (found when the data are opened; both fingerprints are named), or with
@@ -120,6 +122,7 @@ def experiment(base: Experiment, precision: Precision, teachers: Sequence[Teache
         annotators=(*base.annotators, *(teacher(read, name) for name, read in zip(models, reads, strict=True))),
         load_frozen=partial(_load, models, base.load_frozen) if models else base.load_frozen,
         load_data=partial(_load_data, base.load_data, tuple(found), stored),
+        extras={**base.extras, **_extras(stored, stored_k)},
         rollout=on_policy(base.lm, config, ends) if distill.on_policy else base.rollout,
         teacher_flops_per_token=base.teacher_flops_per_token + work,
     )
@@ -150,6 +153,16 @@ def _check_fit(student: TrainConfig, one: Teacher) -> int | None:
 
 def _load(models: Mapping[str, Teacher], others: Callable[[Mesh], Frozen] | None, mesh: Mesh) -> Frozen:
     return {**(others(mesh) if others else {}), **{name: one.load(mesh) for name, one in models.items()}}
+
+
+def _extras(stored: Mapping[str, str], k: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What stored teachers put beside each position of a batch, as the folders say, or with `k` choices where there is none."""
+    extras: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, path in stored.items():
+        meta = read_meta(path_of(path))
+        best = nothing(Layout(meta.k if meta else k, 2), 1).top._asdict()
+        extras |= {f"{name}/{field}": jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for field, x in best.items()}
+    return extras
 
 
 def _load_data(

@@ -7,8 +7,8 @@ by its own rules, never donated, never closed over, not in checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,6 +66,8 @@ class Experiment:
     loss: LossTransform
     load_data: Callable[..., Any]
     """(config, seed, say) -> data.batch.Dataset; called once the configuration has been checked."""
+    extras: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
+    """`Batch.extras` of its batches, by name: the shape after [B T]. A plan makes batches without reading data."""
     forward: Forward | None = None
     """None means the LM's own (`observe`)."""
     annotators: tuple[Annotate, ...] = ()

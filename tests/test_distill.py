@@ -74,6 +74,8 @@ def first_step(experiment: Experiment, mesh_config: MeshConfig = MeshConfig(data
         rows = []
         for _ in range(steps):
             batch = batches.to_global(next(items).batch, mesh, config.data.batch_size)
+            known = {name: (one.shape, one.dtype) for name, one in experiment.extras.items()}
+            assert {name: (x.shape[2:], x.dtype) for name, x in batch.extras.items()} == known, "what a plan is told"
             state, metrics = made.step(state, frozen, batch)
             rows.append({name: float(x) for name, x in metrics.items()})
         items.close()

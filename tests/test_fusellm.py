@@ -101,8 +101,8 @@ def test_the_paper_preset_is_the_cards() -> None:
     assert (PAPER.k, PAPER.how, PAPER.fuse, PAPER.per, PAPER.strict) == (10, "soft", "min_ce", "token", False)
 
 
-def test_a_plan_of_the_paper_learns_from_a_stand_in() -> None:
-    """The paper's step on a small model: traced from batches without stored predictions."""
+def test_the_paper_is_planned_without_its_stored_predictions() -> None:
+    """The paper's step on a small model: traced from batches whose extras are known by their shapes."""
     from jaxllm.plan.lower import lowered
 
     config = fusellm.PRESETS["paper"]

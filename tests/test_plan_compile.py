@@ -85,8 +85,8 @@ def test_a_different_step_has_a_different_text(config: TrainConfig, trained):
 def test_shapes_of_batch_and_frozen_weights_are_those_of_the_arrays(config: TrainConfig, trained):
     _, batch, frozen, mesh = trained
     describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
-    assert describe(batch_shapes(config.data, mesh)) == describe(batch)
     experiment = pretrain.experiment(config, precision="float32")
+    assert describe(batch_shapes(experiment, mesh)) == describe(batch)
     assert describe(frozen_shapes(experiment, mesh)) == describe(frozen) and set(frozen) == {BASE}
     everything = replace(experiment, config=replace(config, optim=OptimConfig()))
     assert frozen_shapes(everything, mesh) == {}

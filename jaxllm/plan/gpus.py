@@ -139,7 +139,7 @@ def trace(experiment: Experiment, mesh: Mapping[str, int]) -> Traced:
     with jax.sharding.use_abstract_mesh(abstract):
         step, _, state = program(experiment, abstract)
         frozen = lower.frozen_shapes(experiment, abstract)
-        batch = lower.batch_shapes(config.data, abstract)
+        batch = lower.batch_shapes(experiment, abstract)
         traced = step.trace(state, frozen, batch)
     flags = [False] * len(jax.tree.leaves((state, frozen))) + [True] * len(jax.tree.leaves(batch))
     work = count(traced.jaxpr, from_batch=flags, mesh=mesh, kernels=kernels.attention(), stands_for_kernel=ATTENTION)

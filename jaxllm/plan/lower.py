@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxllm import optim, sharding, tree
-from jaxllm.config import ConfigError, DataConfig
+from jaxllm.config import ConfigError
 from jaxllm.contract import Batch
 from jaxllm.step import BASE, Experiment, Frozen, TrainState, param_specs, program
 
@@ -56,12 +56,13 @@ def lowered(experiment: Experiment, devices: Sequence[jax.Device]) -> Lowered:
     with jax.set_mesh(mesh):
         compiled = program(experiment, mesh)
         frozen = frozen_shapes(experiment, mesh)
-        traced = compiled.step.trace(compiled.template, frozen, batch_shapes(config.data, mesh))
+        traced = compiled.step.trace(compiled.template, frozen, batch_shapes(experiment, mesh))
         return Lowered(traced, traced.lower(), mesh, compiled.template, frozen, notes)
 
 
-def batch_shapes(data: DataConfig, mesh: Mesh) -> Batch:
-    """A global batch as the data pipeline gives it: the arrays of `data.rows`, rows over the data axes."""
+def batch_shapes(experiment: Experiment, mesh: Mesh) -> Batch:
+    """A global batch as the data pipeline gives it: the arrays of `data.rows` and the experiment's extras, rows over the data axes."""
+    data = experiment.config.data
     where = sharding.batch_sharding(mesh)
     rows = (data.batch_size,)
 
@@ -76,6 +77,7 @@ def batch_shapes(data: DataConfig, mesh: Mesh) -> Batch:
         segment_ids=by_token(jnp.int32),
         positions=by_token(jnp.int32),
         source=shape(rows, jnp.int32),
+        extras={name: shape((*rows, data.sequence_length, *one.shape), one.dtype) for name, one in experiment.extras.items()},
     )
 
 
