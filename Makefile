@@ -63,7 +63,7 @@ wheel: $(VENV)/installed
 clean:
 	rm -rf $(VENV) .venv-parity build dist .jax_cache
 
-# Environments. Each is made once; the empty file `installed` in it says when.
+# Environments. Each is made once; the empty file `installed` in it says when. Those of tests compile no module that is never imported.
 
 # $(call venv,PYTHON,FOLDER,MINOR): an environment of Python 3.MINOR or newer, or one line that says what is missing.
 define venv
@@ -79,21 +79,21 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[test]'
 	@touch $@
 
 # Other versions of a package, beside the environment: PYTHONPATH puts them first.
 build/oldest/installed: Makefile
 	rm -rf build/oldest
-	$(BIN)/pip install -q --no-deps --target build/oldest jax==0.11.2 jaxlib==0.11.2
+	$(BIN)/pip install -q --no-compile --no-deps --target build/oldest jax==0.11.2 jaxlib==0.11.2
 	@touch $@
 
 build/libtpu/installed: constraints.txt
 	rm -rf build/libtpu
-	$(BIN)/pip install -q --no-deps -c constraints.txt --target build/libtpu libtpu
+	$(BIN)/pip install -q --no-compile --no-deps -c constraints.txt --target build/libtpu libtpu
 	@touch $@
 
 .venv-parity/installed: Makefile
 	$(call venv,$(PARITY_PYTHON),.venv-parity,11)
-	.venv-parity/bin/pip install -q torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate==1.15.0 peft==0.21.2
+	.venv-parity/bin/pip install -q --no-compile torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate==1.15.0 peft==0.21.2
 	@touch $@

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +70,11 @@ class LM(NamedTuple):
     has_dropout: bool = False
     """Whether `apply` draws random numbers when it is given a key."""
 
+    @property
+    def param_shapes(self) -> Params:
+        """Shapes and types of what `init` makes, traced once for each `init`."""
+        return jax.tree.map(lambda leaf: leaf, _shapes_of(self.init))
+
     def __call__(self, params: Params, batch: Batch, **options: Any) -> Out:
         """`apply` on the rows of a batch."""
         return self.apply(
@@ -80,6 +85,11 @@ class LM(NamedTuple):
             prefix_mask=batch.prefix_mask,
             **options,
         )
+
+
+@lru_cache(maxsize=32)
+def _shapes_of(init: Callable[[Array], Params]) -> Params:
+    return jax.eval_shape(lambda: init(jax.random.key(0)))  # a key made outside would be compiled
 
 
 class Out(NamedTuple):

@@ -55,7 +55,7 @@ class Teacher:
     @property
     def num_params(self) -> int:
         """Of its model."""
-        return tree.count(jax.eval_shape(lambda: self.lm.init(jax.random.key(0))))
+        return tree.count(self.lm.param_shapes)
 
 
 def from_checkpoint(path: str, precision: Precision) -> Teacher:
@@ -113,7 +113,7 @@ def experiment(base: Experiment, precision: Precision, teachers: Sequence[Teache
     reads = [partial(observe(one.lm, taps), key=None) for one in models.values()]
     work = sum(2.0 * one.num_params for one in found)
     if distill.on_policy:
-        work += 2.0 * distill.on_policy * tree.count(jax.eval_shape(lambda: base.lm.init(jax.random.key(0))))
+        work += 2.0 * distill.on_policy * tree.count(base.lm.param_shapes)
     return replace(
         base,
         lm=lm,

@@ -82,7 +82,7 @@ def trained_leaves(run_dir: Path) -> tuple[TrainConfig, Params]:
     _, meta = checkpoint.read_meta(run_dir)
     config = from_dict(TrainConfig, meta["config"])
     lm = pretrain.language_model(config, "float32")
-    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    shapes = lm.param_shapes
     whole = sharding.make_mesh(ONE_DEVICE)
     where = sharding.shardings(sharding.param_specs(shapes, whole), whole)
     template = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)

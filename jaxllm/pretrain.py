@@ -106,7 +106,7 @@ def experiment(
     """
     lm = language_model(config, precision)
     if config.quantise.kind != "none":
-        shapes = jax.eval_shape(lambda: lm.init(jax.random.key(0)))
+        shapes = lm.param_shapes
         quantise.check_frozen(tree.partition(shapes, partial(optim.trainable, config.optim))[0], config.quantise)
     made = Experiment(
         config=config,
@@ -200,14 +200,14 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
         )
     rundir.check_parent(rundir.recorded(config), config.init_from)
     multiple = mesh.shape["model"]
-    shapes = jax.eval_shape(lambda: sharding.pad_vocab(lm.init(jax.random.key(0)), multiple))
+    shapes = jax.eval_shape(partial(sharding.pad_vocab, multiple=multiple), lm.param_shapes)
     where = sharding.shardings(sharding.param_specs(shapes, mesh, config.mesh.rules), mesh)
     template = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     _, meta = checkpoint.read_meta(config.init_from)
     parent = from_dict(TrainConfig, meta["config"])
     parent, bits = replace(parent, quantise=QuantiseConfig()), parent.quantise
     theirs = language_model(parent, "float32")
-    their_paths = set(tree.paths(jax.eval_shape(lambda: theirs.init(jax.random.key(0)))))
+    their_paths = set(tree.paths(theirs.param_shapes))
     if lost := [path for path in their_paths - set(tree.paths(shapes)) if re.fullmatch(ADDED, path)]:
         raise ConfigError(
             f"{config.init_from} was trained with adapters that this run does not have ({min(lost)}, …); fold them in first: "

@@ -205,7 +205,7 @@ def _load_params(folder: Path, train: TrainConfig, mesh: Mesh, precision: Precis
     """Low-rank deltas folded in, into the rounded base where the run had one."""
     train = replace(train, quantise=QuantiseConfig())
     lm = pretrain.language_model(train, precision)
-    shapes = jax.eval_shape(lambda: sharding.pad_vocab(lm.init(jax.random.key(0)), mesh.shape["model"]))
+    shapes = jax.eval_shape(partial(sharding.pad_vocab, multiple=mesh.shape["model"]), lm.param_shapes)
     dtypes = tree.map_with_path(lambda path, leaf: dtype_of(path, leaf.dtype, precision), shapes)
     where = sharding.shardings(sharding.param_specs(shapes, mesh, train.mesh.rules), mesh)
     if train.lora.rules or tree.partition(shapes, partial(optim.trainable, train.optim))[1]:  # frozen leaves are where the run began

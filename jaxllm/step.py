@@ -241,7 +241,7 @@ def _counted_in_updates(experiment: Experiment) -> tuple[OptimConfig, int]:
 def param_specs(experiment: Experiment, mesh: Mesh, part: Params) -> Params:
     """PartitionSpecs of some of the student's leaves, by the rules for all of them: a user's rule may be for a frozen one."""
     lm, config = experiment.lm, experiment.config
-    shapes = jax.eval_shape(lambda: sharding.pad_vocab(lm.init(jax.random.key(0)), mesh.shape["model"]))
+    shapes = jax.eval_shape(partial(sharding.pad_vocab, multiple=mesh.shape["model"]), lm.param_shapes)
     specs = sharding.param_specs(shapes, mesh, config.mesh.rules)
     return tree.partition(specs, set(tree.paths(part)).__contains__)[0]
 
@@ -274,7 +274,7 @@ def state_factory(experiment: Experiment, mesh: Mesh) -> tuple[Callable[..., Tra
     def fresh_params(key: Array) -> Params:
         return sharding.pad_vocab(lm.init(key), multiple)
 
-    shapes = jax.eval_shape(lambda: fresh_params(jax.random.key(config.seed)))  # a key made outside would be compiled
+    shapes = jax.eval_shape(partial(sharding.pad_vocab, multiple=multiple), lm.param_shapes)
     keep = partial(optim.trainable, config.optim)
     trainable_shapes, _ = optim.split(config.optim, shapes)
     optim_config, num_updates = _counted_in_updates(experiment)
@@ -329,12 +329,14 @@ def frozen_base(experiment: Experiment, mesh: Mesh, params: Params | None = None
         base = tree.partition(params, keep)[1]
         return {BASE: jax.device_put(base, sharding.shardings(param_specs(experiment, mesh, base), mesh))} if base else {}
 
-    def fresh(key: Array) -> Params:
-        return tree.partition(sharding.pad_vocab(experiment.lm.init(key), mesh.shape["model"]), keep)[1]
-
-    shapes = jax.eval_shape(fresh, jax.random.key(config.seed))
+    padded = partial(sharding.pad_vocab, multiple=mesh.shape["model"])
+    shapes = tree.partition(jax.eval_shape(padded, experiment.lm.param_shapes), keep)[1]
     if not shapes:
         return {}
+
+    def fresh(key: Array) -> Params:
+        return tree.partition(padded(experiment.lm.init(key)), keep)[1]
+
     specs = param_specs(experiment, mesh, shapes)
     return {BASE: jax.jit(fresh, out_shardings=sharding.shardings(specs, mesh))(jax.random.key(config.seed))}
 

@@ -146,8 +146,12 @@ def ref_mlp(c: ModelConfig, p: dict, x: np.ndarray) -> np.ndarray:
     def project(name: str, y: np.ndarray) -> np.ndarray:
         return y @ p[name]["kernel"] + (p[name]["bias"] if c.mlp_bias else 0)
 
-    act = (lambda z: z / (1 + np.exp(-z))) if c.activation == "swiglu" else partial(ref_gelu, tanh=c.activation.endswith("tanh"))
-    if c.activation in ("swiglu", "geglu", "geglu_tanh"):
+    act = partial(ref_gelu, tanh=c.activation.endswith("tanh"))
+    if c.activation == "swiglu":
+        act = lambda z: z / (1 + np.exp(-z))
+    elif c.activation in ("reglu2", "relu2"):
+        act = lambda z: np.maximum(z, 0) ** 2
+    if c.activation in ("swiglu", "geglu", "geglu_tanh", "reglu2"):
         return project("down", act(project("gate", x)) * project("up", x))
     return project("down", act(project("up", x)))
 

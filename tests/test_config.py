@@ -150,8 +150,8 @@ def test_derived_values():
     c = ModelConfig(num_heads=12, num_kv_heads=3, layer_pattern=(LayerKind(window=2), LayerKind()))
     assert c.group_size == 4
     assert [c.kind(layer).window for layer in range(5)] == [2, None, 2, None, 2]
-    assert {a: ModelConfig(activation=a).gated for a in ("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh")} == {
-        "swiglu": True, "geglu": True, "geglu_tanh": True, "gelu": False, "gelu_tanh": False,
+    assert {a: ModelConfig(activation=a).gated for a in ("swiglu", "geglu", "geglu_tanh", "reglu2", "gelu", "gelu_tanh", "relu2")} == {
+        "swiglu": True, "geglu": True, "geglu_tanh": True, "reglu2": True, "gelu": False, "gelu_tanh": False, "relu2": False,
     }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ CASES: dict[str, ModelConfig] = {
         activation="geglu",
     ),
     "after_residual rms, embeddings": replace(
-        BASE, norm_placement="after_residual", mlp_bias=True, embedding_scale=2.0, layer_pattern=(LayerKind(window=3),)
+        BASE, norm_placement="after_residual", activation="reglu2", mlp_bias=True, embedding_scale=2.0, layer_pattern=(LayerKind(window=3),)
     ),
     "after_residual layer, gpt1": replace(BASE, **GPT, norm_placement="after_residual", final_norm=False),
     "parallel before, palm": replace(BASE, block="parallel", norm="layer", num_kv_heads=1, logit_scale=12**-0.5, init="fan_in"),
@@ -46,7 +46,9 @@ CASES: dict[str, ModelConfig] = {
     ),
     "parallel after": replace(BASE, block="parallel", parallel_norms=2, norm_placement="after", qk_norm="head"),
     "parallel both": replace(BASE, block="parallel", parallel_norms=2, norm_placement="both", norm_plus_one=True),
-    "parallel after_residual": replace(BASE, block="parallel", norm_placement="after_residual", norm="layer", norm_bias=True),
+    "parallel after_residual": replace(
+        BASE, block="parallel", norm_placement="after_residual", norm="layer", norm_bias=True, activation="relu2",
+    ),
     "five layers of three kinds": replace(BASE, num_layers=5, head_size=8, layer_pattern=(*WINDOWS, LayerKind(window=4, rope=YARN))),
     "fewer layers than kinds": replace(BASE, num_layers=1, layer_pattern=WINDOWS),
     "banded, one layer": replace(BASE, num_layers=1, layer_pattern=(LayerKind(window=3),)),

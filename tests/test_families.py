@@ -240,7 +240,7 @@ REFUSED = [  # family, changes of its config.json, what the message must name
     ("llama", {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default", "partial_rotary_factor": 0.5}, "rope_scaling": None},
      "partial_rotary_factor"),
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}}, "rope_theta"),
-    ("llama", {"hidden_act": "relu2"}, "relu2"),
+    ("llama", {"hidden_act": "relu6"}, "relu6"),
     ("llama", {"sliding_window": 4}, "sliding_window"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("llama", {"num_experts": 8}, "num_experts"),

@@ -28,7 +28,7 @@ def closed_form(c: ModelConfig) -> int:
     attention += (queries + 2 * keys) * c.qkv_bias + c.width * c.attention_out_bias
     attention += {"none": 0, "head": 2 * c.head_size, "full": queries + keys}[c.qk_norm]
 
-    num_up = 2 if c.activation in ("swiglu", "geglu", "geglu_tanh") else 1
+    num_up = 2 if c.activation in ("swiglu", "geglu", "geglu_tanh", "reglu2") else 1
     mlp = (num_up + 1) * c.width * c.ff_width + (num_up * c.ff_width + c.width) * c.mlp_bias
 
     num_norms: int = c.parallel_norms if c.block == "parallel" else 2

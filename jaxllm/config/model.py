@@ -94,8 +94,8 @@ class ModelConfig:
     """parallel: x + attention(n(x)) + mlp(n(x)) (PaLM, GPT-NeoX)."""
     parallel_norms: Literal[1, 2] = 1
     """Parallel blocks share one norm (PaLM) or have one for each branch (GPT-NeoX)."""
-    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"] = "swiglu"
-    """swiglu and geglu multiply by a gate; tanh is the approximation of GELU."""
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "reglu2", "gelu", "gelu_tanh", "relu2"] = "swiglu"
+    """swiglu, geglu and reglu2 multiply by a gate; tanh is the approximation of GELU, relu2 is max(x, 0)²."""
     qkv_bias: bool = False
     """Biases on queries, keys and values."""
     attention_out_bias: bool = False
@@ -152,7 +152,7 @@ class ModelConfig:
     @property
     def gated(self) -> bool:
         """Whether the feed-forward layer has a gate matrix beside the up matrix."""
-        return self.activation in ("swiglu", "geglu", "geglu_tanh")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh", "reglu2")
 
     @property
     def has_dropout(self) -> bool:

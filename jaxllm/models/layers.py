@@ -75,8 +75,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swiglu": nn.silu,
     "geglu": lambda x: nn.gelu(x, approximate=False),
     "geglu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "reglu2": lambda x: jnp.square(nn.relu(x)),
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu2": lambda x: jnp.square(nn.relu(x)),
 }
 
 

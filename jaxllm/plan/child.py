@@ -216,7 +216,7 @@ def _run(request: Request, folder: Path, write: Callable[[dict[str, Any]], None]
     is_state = [False] * len(jax.tree.leaves((step.state, step.frozen)))
     is_batch = [True] * (len(step.jaxpr.in_avals) - len(is_state))
     work = count(step.jaxpr, from_batch=is_state + is_batch, mesh=dict(step.mesh.shape), kernels=kernels.attention())
-    params = jax.eval_shape(lambda: experiment.lm.init(jax.random.key(0)))
+    params = experiment.lm.param_shapes
     versions = {name: importlib.import_module(name).__version__ for name in ("jax", "jaxlib", "libtpu")}
     mesh = dict(step.mesh.shape)
     dumps = folder / "dumps"

@@ -143,7 +143,7 @@ def trace(experiment: Experiment, mesh: Mapping[str, int]) -> Traced:
         traced = step.trace(state, frozen, batch)
     flags = [False] * len(jax.tree.leaves((state, frozen))) + [True] * len(jax.tree.leaves(batch))
     work = count(traced.jaxpr, from_batch=flags, mesh=mesh, kernels=kernels.attention(), stands_for_kernel=ATTENTION)
-    num_params = tree.count(jax.eval_shape(lambda: experiment.lm.init(jax.random.key(0))))
+    num_params = tree.count(experiment.lm.param_shapes)
     return Traced(dict(mesh), state, frozen, work, num_params, notes)
 
 

@@ -88,7 +88,7 @@ def frozen_shapes(experiment: Experiment, mesh: Mesh) -> Frozen:
       ConfigError: `load_frozen` reads its weights' shapes from a file that is not there.
     """
     config, lm = experiment.config, experiment.lm
-    shapes = jax.eval_shape(lambda: sharding.pad_vocab(lm.init(jax.random.key(0)), mesh.shape["model"]))
+    shapes = jax.eval_shape(partial(sharding.pad_vocab, multiple=mesh.shape["model"]), lm.param_shapes)
     base = tree.partition(shapes, partial(optim.trainable, config.optim))[1]
     frozen: Frozen = {BASE: _placed(base, sharding.shardings(param_specs(experiment, mesh, base), mesh))} if base else {}
     if experiment.load_frozen is None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxllm import loop, optim, pretrain, rundir, sharding, tree
 from jaxllm.config import Precision, TrainConfig
 from jaxllm.step import Experiment
@@ -53,5 +51,5 @@ def train(
 
 def num_trained(experiment: Experiment) -> int:
     """Parameters that the optimizer moves."""
-    shapes = jax.eval_shape(lambda: experiment.lm.init(jax.random.key(0)))
+    shapes = experiment.lm.param_shapes
     return tree.count(optim.split(experiment.config.optim, shapes)[0])

@@ -74,7 +74,7 @@ def with_lora(lm: LM, config: LoraConfig) -> LM:
     Raises:
       ConfigError: a pattern that matches no kernel (with the nearest paths), or a rank above a kernel's.
     """
-    shapes = jax.eval_shape(lambda: lm.init(jax.random.key(0)))
+    shapes = lm.param_shapes
     ranks = ranks_of(shapes, config)
 
     def init(key: Array) -> Params:

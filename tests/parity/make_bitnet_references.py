@@ -31,7 +31,7 @@ SIZES = dict(
 )  # fmt: skip
 QUANTISED = dict(quant_method="bitnet", modules_to_not_convert=["lm_head"])
 CASES = {
-    "auto": (hf.BitNetConfig, dict(SIZES), dict(linear_class="autobitlinear", quantization_mode="offline")),
+    "auto": (hf.BitNetConfig, dict(SIZES, hidden_act="relu2"), dict(linear_class="autobitlinear", quantization_mode="offline")),
     "tied": (hf.BitNetConfig, dict(SIZES, tie_word_embeddings=True), dict(linear_class="bitlinear", quantization_mode="offline")),
     "linear": (hf.LlamaConfig, dict(SIZES, tie_word_embeddings=False), dict(linear_class="bitlinear", quantization_mode="offline")),
     "norms": (hf.LlamaConfig, dict(SIZES), dict(linear_class="bitlinear", quantization_mode="offline", use_rms_norm=True, rms_norm_eps=.1)),

@@ -30,8 +30,10 @@ class Family(NamedTuple):
 
 # --------------------------------------------------------------------------------------- options
 
-GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh", "gelu": "geglu", "swish": "swiglu"}
-PLAIN = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+GATED = {
+    "silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh", "gelu": "geglu", "swish": "swiglu", "relu2": "reglu2",
+}  # fmt: skip
+PLAIN = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu2": "relu2"}
 GPT_PLAIN = {"gelu_new": "gelu_tanh"} | PLAIN
 
 COMMON = (
