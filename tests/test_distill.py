@@ -94,12 +94,11 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(place: Path) -> None
     assert metrics["ce"] > 1.0, "the text's own loss is a metric"
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "jensen_shannon"])
-def test_what_is_stored_is_what_the_teacher_says_in_the_step(place: Path, tmp_path: Path, kind: str) -> None:
+def test_what_is_stored_is_what_the_teacher_says_in_the_step(place: Path, tmp_path: Path) -> None:
     """All 261 tokens stored: the same loss and gradient as with the teacher in the step, to float16's precision."""
     teach(str(place / "teacher"), config_of(place), str(place / "taught"), TeachConfig(k=261, batch_tokens=1024))
     (_, (live,)), (_, (stored,)) = (
-        first_step(build(config_of(place, kind=kind, ce=0.5, **given)))
+        first_step(build(config_of(place, kind="jensen_shannon", ce=0.5, **given)))
         for given in ({"teachers": ((str(place / "teacher"), 2.0),)}, {"stored": ((str(place / "taught"), 2.0),)})
     )
     np.testing.assert_allclose(stored["stored"], live["teacher"], rtol=3e-3, atol=1e-3)

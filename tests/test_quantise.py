@@ -78,9 +78,9 @@ def test_kernels_are_rounded_tile_by_tile(kind: Any) -> None:
     assert quantise.num_bytes(tree.from_items(list(of.items()))) == kernels * {"int8": 2, "int4": 1, "nf4": 1}[kind] // 2
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_training_sees_the_rounded_base_and_no_gradient_of_it(folder: Path, kind: Any) -> None:
+def test_training_sees_the_rounded_base_and_no_gradient_of_it(folder: Path) -> None:
     """Loss and the adapters' steps are those of a float run whose base was rounded beforehand; the state has no kernel."""
+    kind: Any = "nf4"
     tokens = np.random.default_rng(0).integers(0, 256, (4, 12)).astype(np.int32)
     batch = batch_of(np.roll(tokens, -1, 1)).replace(tokens=jnp.asarray(tokens))
     base = quantise.dequantise(quantise.quantise(pretrained.load(folder).params, QuantiseConfig(kind, tile=8)), kind)
@@ -103,7 +103,7 @@ def test_training_sees_the_rounded_base_and_no_gradient_of_it(folder: Path, kind
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
     for (path, a), (_, b) in zip(tree.items(results[0][1]), tree.items(results[1][1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=path)
-    assert results[0][2] < {"int8": 0.45, "int4": 0.35, "nf4": 0.35}[kind] * results[1][2]
+    assert results[0][2] < 0.35 * results[1][2]
 
 
 def test_on_a_mesh(folder: Path) -> None:
