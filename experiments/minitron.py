@@ -10,9 +10,10 @@ Distillation, arXiv:2407.14679.
 What differs here. The paper prunes Llama-3.1-8B to 4B and distils on 94 billion tokens; `small` prunes the 11.2 M parameters of
 configs/base.py:teacher to 6.3 M, with text that this teacher has never seen (the documentation of web services), `real` SmolLM2-135M to
 90 M. Depth goes by block influence where the paper looks at Winogrande. Every arm has the same tokens and the same number of learning
-rates. Perplexity of WikiText-2 stands for the paper's tasks in `small`, whose models are at chance there.
+rates. Bits per byte of WikiText-2 stand for the paper's tasks in `small`, whose models are at chance there; `real` also answers the first
+200 questions of ARC-Easy and PIQA.
 
-    python -m tools.fetch wikitext2-valid          for evaluation only
+    python -m tools.fetch wikitext2-valid          for evaluation only; and `choices` for `real`
     jaxllm train configs/base.py:teacher           the teacher of `small`; python -m tools.fetch smollm2-135m for `real`
     python -m experiments.minitron small           resumes; --list says what is left, and about how long
     python -m experiments.minitron small --teacher CHECKPOINT --target-params 90M      your own: corrected, pruned, distilled
@@ -60,8 +61,11 @@ CORRECTED = "corrected teacher"
 # ------------------------------------------------------------------------------------------- measures
 
 
-def scores(run: Run) -> Mapping[str, float]:
-    """Losses on the way, WikiText-2, and how large it is."""
+QUESTIONS = ("arc_easy", "piqa")
+
+
+def scores(run: Run, questions: Sequence[str] = ()) -> Mapping[str, float]:
+    """Losses on the way, WikiText-2, how large it is, and how many of the questions it answers."""
     from jaxllm import measures
 
     assert run.config is not None
@@ -69,10 +73,11 @@ def scores(run: Run) -> Mapping[str, float]:
         **{f"at {step}": loss for step, loss in measures.losses_by_step(run.run_dir).items()},
         "wikitext": measures.held_out(run.run_dir, run.config, on=base.WIKITEXT, max_batches=32)["bits_per_byte"],
         "params_m": shapes.num_params(run.config.model) / 1e6,
+        **(measures.choices(run.run_dir, questions) if questions else {}),
     }
 
 
-def untouched(config: TrainConfig, run: Run) -> Mapping[str, float]:
+def untouched(config: TrainConfig, run: Run, questions: Sequence[str] = ()) -> Mapping[str, float]:
     """The model that all begins with."""
     from jaxllm import measures
 
@@ -81,6 +86,7 @@ def untouched(config: TrainConfig, run: Run) -> Mapping[str, float]:
         "loss": found["loss"],
         "wikitext": measures.held_out(config.init_from, config, on=base.WIKITEXT, max_batches=32)["bits_per_byte"],
         "params_m": shapes.num_params(config.model) / 1e6,
+        **(measures.choices(path_of(config.init_from), questions) if questions else {}),
     }
 
 
@@ -105,6 +111,9 @@ def curves(rows: Sequence[Row]) -> str:
 COLUMNS = (
     Column("loss", "held-out loss"), Column("bits_per_byte", "bits per byte"), Column("wikitext", "WikiText-2, bits per byte"),
     Column("params_m", "M parameters", better="neither", digits=1),
+)  # fmt: skip
+COLUMNS_REAL = (
+    *COLUMNS, Column("arc_easy", "ARC-Easy, 200 questions", better="higher"), Column("piqa", "PIQA, 200 questions", better="higher"),
 )  # fmt: skip
 PAPER = """
 | Llama-3.1-8B | MMLU | HellaSwag | GSM8K | Winogrande |
@@ -194,20 +203,20 @@ DEPTH_REAL = Shape.of(tuning_real.model)._replace(num_layers=17)
 def arm_real(name: str, shape: Shape, how: How, kd: bool = True) -> Arm:
     """A student of SmolLM2-135M."""
     prepare = student(how, tuning_real.init_from, kd)
-    return Arm(name, shaped(tuning_real, shape), seeds=(0,), prepare=prepare, measure=scores)
+    return Arm(name, shaped(tuning_real, shape), seeds=(0,), prepare=prepare, measure=partial(scores, questions=QUESTIONS))
 
 
 real = Study(
     name="minitron-real",
     title=TITLE,
     arms=(
-        Arm("teacher", seeds=(0,), measure=partial(untouched, tuning_real)),
+        Arm("teacher", seeds=(0,), measure=partial(untouched, tuning_real, questions=QUESTIONS)),
         arm_real(BEST, WIDTH_REAL, "importance"),
         arm_real("width, text alone", WIDTH_REAL, "importance", kd=False),
         arm_real("width at random, KD", WIDTH_REAL, "random"),
         arm_real("depth, KD", DEPTH_REAL, "importance"),
     ),
-    columns=COLUMNS,
+    columns=COLUMNS_REAL,
     orderings=(Ordering(BEST, "<", "width at random, KD"),),
     about=f"SmolLM2-135M-Instruct, from its 4-bit file, to 90 M parameters: {WIDTH_REAL}; or {DEPTH_REAL}. One seed: no order is claimed.",
     paper=PAPER,

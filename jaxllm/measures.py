@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxllm import checkpoint, optim, pretrain, pretrained, sharding, tree
+from jaxllm import checkpoint, evaluate, optim, pretrain, pretrained, sharding, tree
 from jaxllm.config import ConfigError, SourceConfig, TrainConfig, from_dict
 from jaxllm.contract import Params
 from jaxllm.data import batch as batches
@@ -137,6 +139,22 @@ def held_out(
     model, mesh = _loaded(model), sharding.make_mesh(ONE_DEVICE)
     dataset = batches.load(config.data if on is None else replace(config.data, held_out=(on,)), seed=config.seed)
     return pretrain.held_out(model.lm, config)(change(model.params), dataset, mesh, max_batches)
+
+
+def choices(folder: str | Path, tasks: Sequence[str], limit: int = 200) -> dict[str, float]:
+    """Share of questions whose right answer is the most probable one, by task, of the first `limit`.
+
+    Args:
+      tasks: names of `python -m tools.fetch choices`: arc_easy, piqa, hellaswag.
+    """
+    paths = {name: f"cache://data/choices/{name}.jsonl.gz" for name in tasks}
+    for path in paths.values():
+        if not path_of(path).is_file():
+            raise ConfigError(f"no file {path}{how_to_get(path)}")
+    with tempfile.TemporaryDirectory() as out:
+        config = evaluate.EvalConfig(tasks=tuple(str(path_of(path)) for path in paths.values()), limit=limit, out=f"{out}/all.json")
+        found = evaluate.evaluate(str(folder), config, bar=io.StringIO())["tasks"]
+    return {name: result["metrics"]["accuracy_sum"]["value"] for name, result in zip(paths, found.values(), strict=True)}
 
 
 def losses_by_step(run_dir: Path) -> dict[int, float]:

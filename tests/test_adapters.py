@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs.models import gpt2_large, gpt2_medium, gpt3_175b
+from configs.models import gpt2, gpt2_large, gpt2_medium, gpt3_175b
 from jaxllm import optim, tree
 from jaxllm.config import ConfigError, LoraConfig, ModelConfig, OptimConfig
 from jaxllm.contract import LM, Params, dot_in
@@ -90,12 +90,21 @@ def test_after_one_step_a_had_no_gradient_and_b_had():
             assert bool((leaf != 0).any()) == path.endswith("lora_b"), path
 
 
+# Its encoder as this decoder without a causal mask; 1907.11692, table 9.
+ROBERTA_BASE = replace(
+    gpt2, mask="bidirectional", vocab_size=50_265, max_length=512, norm_placement="after_residual", final_norm=False, activation="gelu"
+)
+ROBERTA_LARGE = replace(ROBERTA_BASE, num_layers=24, width=1024, num_heads=16, num_kv_heads=16, ff_width=4096)
+
+
 @pytest.mark.parametrize(("config", "model", "count"), [
     (replace(QV, rules=(("layers/attention/[qv]/kernel", 4, 32.0),)), gpt3_175b, 18_874_368),
     (replace(QV, rules=(("layers/attention/[qv]/kernel", 1, 32.0),)), gpt3_175b, 4_718_592),
     (replace(QV, rules=(("layers/attention/[qv]/kernel", 8, 32.0),)), gpt3_175b, 37_748_736),
     (QV, gpt2_medium, 393_216),
     (QV, gpt2_large, 737_280),
+    (replace(QV, rules=(("layers/attention/[qv]/kernel", 8, 16.0),)), ROBERTA_BASE, 294_912),
+    (replace(QV, rules=(("layers/attention/[qv]/kernel", 8, 16.0),)), ROBERTA_LARGE, 786_432),
 ])  # fmt: skip
 def test_published_counts(config: LoraConfig, model: ModelConfig, count: int):
     shapes = jax.eval_shape(model_with(config, model).init, jax.random.key(0))

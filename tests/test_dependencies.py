@@ -105,7 +105,7 @@ NOT_IMPORTED = {
     "study": {"cli", "measures", "students", "experiments/", "tools/", "tests/"},
     "pretrained": {"generate", "evaluate", "measures", "students", "distill", "teach", "cli", "experiments/", "tools/", "tests/"},
     "generate": {"evaluate", "measures", "cli", "experiments/", "tools/", "tests/"},
-    "evaluate": {"cli", "experiments/", "tools/", "tests/"},
+    "evaluate": {"cli", "measures", "experiments/", "tools/", "tests/"},
     "measures": {"experiments/", "tools/", "tests/"},
     "students": {"experiments/", "tools/", "tests/"},
     "distill": {"pretrain", "experiments/", "tools/", "tests/"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,3 +144,22 @@ def test_a_bitnet_run_by_degrees_loads_quantised(base: TrainConfig):
 def test_references_that_are_not_there_name_the_command(lora: TrainConfig):
     with pytest.raises(ConfigError, match=r"tools\.fetch nowhere"):
         measures.against_references(Path(lora.run_dir), "cache://data/nowhere/dev.jsonl")
+
+
+def test_questions_are_answered_by_the_most_probable_choice(base: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The right answer is what the corpus says over and over, or something it never says."""
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"tools\.fetch choices"):
+        measures.choices(base.run_dir, ["piqa"])
+    lines = [
+        {"request_type": "loglikelihood", "doc_id": document, "idx": index, "label": document % 2,
+         "request": {"context": "    ", "continuation": continuation}}
+        for document in range(4)
+        for index, continuation in enumerate(("    ", "\u2603\u2603\u2603\u2603"))
+    ]  # fmt: skip
+    (tmp_path / "data" / "choices").mkdir(parents=True)
+    for name, number in (("piqa", 4), ("arc_easy", 1)):
+        text = "".join(f"{json.dumps(line)}\n" for line in lines if line["doc_id"] < number)
+        (tmp_path / "data" / "choices" / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    assert measures.choices(base.run_dir, ["piqa", "arc_easy"]) == {"piqa": 0.5, "arc_easy": 1.0}
+    assert measures.choices(base.run_dir, ["piqa"], limit=1) == {"piqa": 1.0}

@@ -55,6 +55,14 @@ def test_published_counts(model: ModelConfig, length: int, hidden_width: int, co
     assert set(trained) == {"prefix"} and "prefix" not in frozen
 
 
+@pytest.mark.parametrize(("length", "count"), [(100, 7_372_800), (200, 14_745_600)])
+def test_published_counts_of_bart_large(length: int, count: int):
+    """Three stacks of 12 layers have a prefix each: the encoder's attention, the decoder's, and that across."""
+    stack = replace(gpt2_medium, num_layers=12)
+    shapes = jax.eval_shape(prefix.with_prefix(decoder(stack), PrefixConfig(length)).init, jax.random.key(0))
+    assert 3 * tree.count(shapes["prefix"]) == count
+
+
 @pytest.mark.parametrize("config", [PrefixConfig(3, hidden=16), PrefixConfig(3, place="embedding"), PrefixConfig(3)])
 def test_materialised_states_give_the_same_outputs(config: PrefixConfig):
     lm, with_it, params = tuned(config)

