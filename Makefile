@@ -13,8 +13,7 @@ JOBS ?= 2
 
 # What an older JAX would break (params, meshes, the decoder, losses, optimizers, checkpoints), in two minutes; laws over random shapes,
 # data, reports and whole training runs are left to `make test`.
-OLDEST_TESTS := $(patsubst %,tests/test_%.py,attention checkpoint config decoder decoder_cache layers losses optim sharding step tree \
-  vocab_pass)
+OLDEST_TESTS := $(patsubst %,tests/test_%.py,attention checkpoint config decoder layers losses optim sharding tree vocab_pass)
 
 .PHONY: quickstart test faults parity compile plans lint oldest wheel clean
 .DELETE_ON_ERROR:
