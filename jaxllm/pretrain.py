@@ -155,6 +155,8 @@ def language_model(config: TrainConfig, precision: Precision) -> LM:
         reparam=reparam,
     )
     lm = lm._replace(unembed=partial(_head, lm, plain))
+    if config.bitnet.norm_scale:
+        lm = bitnet.with_norm_scales(lm, config.bitnet)
     if config.lora.rules:
         lm = adapters.with_lora(lm, config.lora)
     if config.bottleneck.size:
@@ -180,6 +182,8 @@ def warming_up(config: TrainConfig, forward: Callable[..., Obs]) -> Forward:
 
 
 ADDED = rf"{adapters.LEAVES}|{bottleneck.LEAVES}|{prefix.LEAVES}|{TRAINING_ONLY}"
+"""Leaves that go beside a model's own."""
+FRESH = rf"{ADDED}|{bitnet.NORM_SCALES}"
 """Leaves that start fresh where the weights come from a run without them."""
 
 
@@ -205,6 +209,11 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
     template = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     _, meta = checkpoint.read_meta(config.init_from)
     parent = from_dict(TrainConfig, meta["config"])
+    if parent.bitnet.kind != "none" and config.bitnet.kind == "none":
+        raise ConfigError(
+            f"the weights of {config.init_from} are used rounded (bitnet.kind {parent.bitnet.kind}), and here they would not be: set "
+            f"--bitnet.kind {parent.bitnet.kind}, and the other bitnet options as that run has them"
+        )
     parent, bits = replace(parent, quantise=QuantiseConfig()), parent.quantise
     theirs = language_model(parent, "float32")
     their_paths = set(tree.paths(theirs.param_shapes))
@@ -213,7 +222,7 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
             f"{config.init_from} was trained with adapters that this run does not have ({min(lost)}, …); fold them in first: "
             f"python -m tools.convert merge {config.init_from} OUT"
         )
-    inherited, fresh = tree.partition(template, lambda path: path in their_paths or not re.fullmatch(ADDED, path))
+    inherited, fresh = tree.partition(template, lambda path: path in their_paths or not re.fullmatch(FRESH, path))
     trained, frozen = tree.partition(inherited, partial(optim.trainable, parent.optim))
     params = checkpoint.load_params(config.init_from, trained, left_out=TRAINING_ONLY).state
     if frozen:

@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxllm import checkpoint, checkpoint_slices, optim, pretrain, rundir, sharding, tree
 from jaxllm.config import (
+    BitnetConfig,
     ConfigError,
     DistillConfig,
     LoraConfig,
@@ -46,7 +47,7 @@ from jaxllm.interop.stored import Lazy
 from jaxllm.models.decoding import for_cpu
 from jaxllm.models.heads import TRAINING_ONLY
 from jaxllm.models.transformer import decoder
-from jaxllm.surgery import adapters, prefix
+from jaxllm.surgery import adapters, bitnet, prefix
 
 CHAT_TEMPLATE = "chat_template.jinja"
 CONVERSION = "conversion.json"
@@ -69,8 +70,10 @@ class Pretrained:
     """What it was trained with; deltas are folded in, and a prefix is its states."""
 
     def for_decoding(self, mesh: Mesh, precision: Precision) -> tuple[LM, Params]:
-        """The model as decoding is fastest: laid out for it on one CPU device."""
-        if jax.default_backend() != "cpu" or mesh.size > 1 or self.train.bitnet.kind != "none" or self.train.bottleneck.size:
+        """The model as decoding is fastest: one-bit weights rounded once; others laid out for it on one CPU device."""
+        if self.train.bitnet.kind != "none":
+            return self.lm, bitnet.quantise(self.params, self.train.bitnet)
+        if jax.default_backend() != "cpu" or mesh.size > 1 or self.train.bottleneck.size:
             return self.lm, self.params
         lm, params = for_cpu(self.config, self.params, precision)
         return (prefix.with_prefix(lm, self.train.prefix) if self.train.prefix.length else lm), params
@@ -112,7 +115,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, precision: Precision |
       ConfigError: nothing there, another library's folder (with the command that converts it), or a damaged one.
     """
     folder = path_of(folder).expanduser()
-    train = _train_config(folder)
+    train = train_config(folder)
     mesh = sharding.make_mesh(ONE_DEVICE) if mesh is None else mesh
     precision = _precision() if precision is None else precision
     params = _load_params(folder, train, mesh, precision if train.bitnet.kind == "none" else "float32")  # rounded, latents are others
@@ -125,7 +128,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, precision: Precision |
 
 def lm_of(folder: str | Path, precision: Precision | None = None) -> LM:
     """The functions of the model that `load` loads, without its weights."""
-    return pretrain.language_model(_for_use(_train_config(path_of(folder).expanduser())), _precision() if precision is None else precision)
+    return pretrain.language_model(_for_use(train_config(folder)), _precision() if precision is None else precision)
 
 
 def _precision() -> Precision:
@@ -141,7 +144,7 @@ def _for_use(train: TrainConfig) -> TrainConfig:
 
 def model_config(folder: str | Path) -> ModelConfig:
     """The architecture of what `load` loads: what a configuration that trains on from there has as its `model`."""
-    return _train_config(path_of(folder).expanduser()).model
+    return train_config(folder).model
 
 
 def load_text(folder: Path) -> tuple[Tokenizer, str | None, tuple[int, ...]]:
@@ -188,8 +191,13 @@ def find_stop_ids(tokenizer: Tokenizer, template: str | None, given: Iterable[in
     return tuple(dict.fromkeys(ids + [found[0] for found in written if len(found) == 1]))
 
 
-def _train_config(folder: Path) -> TrainConfig:
-    """The config that the checkpoint in `folder` was saved with."""
+def train_config(folder: str | Path) -> TrainConfig:
+    """The config that the checkpoint in `folder` was saved with.
+
+    Raises:
+      ConfigError: nothing there, another library's folder (with the command that converts it), or a damaged one.
+    """
+    folder = path_of(folder).expanduser()
     if folder.suffix == ".gguf" and folder.is_file():
         raise ConfigError(f"{folder} is a GGUF file; convert it first: python -m tools.convert gguf {folder} OUT")
     if folder.is_dir() and not (folder / "checkpoints").is_dir() and "model_type" in rundir.read_json(folder / "config.json"):
@@ -237,6 +245,7 @@ def save(
     source: Mapping[str, Any],
     files: Sequence[Path] = (),
     mesh: MeshConfig = ONE_DEVICE,
+    rounded: BitnetConfig | None = None,
 ) -> None:
     """Write a folder that `load` and --init_from read, whole or not at all; one chunk of one leaf is in memory at a time.
 
@@ -246,19 +255,21 @@ def save(
       source: what was converted, and how; becomes source/conversion.json.
       files: files of the source that travel along, as they are.
       mesh: the leaves are cut into chunks as they would lie on this mesh, which need not be here; -1 counts as 1.
+      rounded: how the weights are rounded where they are used, if they are.
 
     Raises:
       ConfigError: the folder exists; leaves that do not fit the config; a number format that is not floating; a tokenizer with
         more tokens than the config; a disk that is full or may not be written.
     """
     folder = Path(folder).expanduser()
-    leaves = _checked(config, params_or_leaves)
+    rounded = rounded or BitnetConfig()
+    leaves = _checked(config, params_or_leaves, bitnet.norm_scales(config, rounded))
     if tokenizer is not None and tokenizer.num_vocab > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.num_vocab} tokens and the model {config.vocab_size}; "
             f"--vocab_size {tokenizer.num_vocab} adds rows for the others"
         )
-    train = TrainConfig(name=folder.name, model=config, mesh=mesh)
+    train = TrainConfig(name=folder.name, model=config, bitnet=rounded, mesh=mesh)
     meta = {"config": to_dict(train), "source": dict(source)}
     record = {"name": folder.name, "hash": config_hash(train), "parent": None, "stop_ids": [int(i) for i in stop_ids]}
     chunks = chunks_on(mesh, leaves)
@@ -294,15 +305,15 @@ def chunks_on(mesh: MeshConfig, leaves: Mapping[str, Any]) -> dict[str, checkpoi
     return chunks
 
 
-def _checked(config: ModelConfig, params: tree.Tree) -> dict[str, Any]:
-    """Path -> leaf, vocabulary rows beyond the config's cut off, after comparing shapes with the config's."""
+def _checked(config: ModelConfig, params: tree.Tree, more: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Path -> leaf, vocabulary rows beyond the config's cut off, after comparing shapes with the config's and with `more`."""
     leaves = dict(tree.items(params))
     for path in VOCAB_PATHS:
         if path in leaves and leaves[path].shape[0] > config.vocab_size:
             leaf = leaves[path]
             leaves[path] = Lazy((config.vocab_size, *leaf.shape[1:]), leaf.dtype, partial(_part, leaf))
     struct = lambda shape: np.broadcast_to(np.int8(0), shape)
-    expected = tree.from_items([(path, struct(shape)) for path, shape in leaf_shapes(config).items()])
+    expected = tree.from_items([(path, struct(shape)) for path, shape in (leaf_shapes(config) | more).items()])
     if problems := tree.structure_diff(expected, tree.from_items([(path, struct(leaf.shape)) for path, leaf in leaves.items()])):
         raise ConfigError("the params do not fit the config: " + "; ".join(problems[:10]))
     for path, leaf in leaves.items():

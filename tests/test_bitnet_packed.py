@@ -6,6 +6,7 @@ Items 5, 9 and 10 of the card's "What must be testable"; the others are in test_
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,14 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxllm import sharding, tree
-from jaxllm.config import BitnetConfig, ConfigError, MeshConfig, ModelConfig
+from jaxllm import pretrain, pretrained, sharding, tree
+from jaxllm.config import BitnetConfig, ConfigError, MeshConfig, ModelConfig, TrainConfig
 from jaxllm.contract import dot_in
 from jaxllm.interop import bitnet as packed_folders
 from jaxllm.models.transformer import decoder
 from jaxllm.surgery import bitnet, bitnet_packed
 from jaxllm.surgery.bitnet_packed import BASE3, SIGNS, TERNARY, Format
 from jaxllm.surgery.energy import energy, fit_scaling
+from tools import convert
 
 pytestmark = pytest.mark.whole  # compiles much: `make faults` runs them
 
@@ -218,7 +220,8 @@ def test_a_hugging_face_folder_comes_back(config: BitnetConfig, linear_class: An
     packed_folders.write(tmp_path / "out", FOLDABLE, config, given, linear_class=linear_class)
     model, read_config, params = packed_folders.read(tmp_path / "out")
     assert replace(model, init_std=FOLDABLE.init_std, max_length=64) == FOLDABLE
-    assert replace(read_config, norm_eps=config.norm_eps if config.norm == "none" else read_config.norm_eps) == config
+    expected = replace(config, norm_scale=config.norm != "none")
+    assert replace(read_config, norm_eps=config.norm_eps if config.norm == "none" else read_config.norm_eps) == expected
     for path, leaf in tree.items(given):
         np.testing.assert_allclose(tree.get(params, path), leaf, rtol=1e-6, err_msg=path)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -226,6 +229,47 @@ def test_a_hugging_face_folder_comes_back(config: BitnetConfig, linear_class: An
     assert tensors[f"{name}.weight"].dtype == np.uint8 and tensors[f"{name}.weight"].shape == (11, 36)
     beta = float(np.asarray(tree.get(codes, "layers/mlp/up/weight_scale"))[1, 0])
     assert tensors[f"{name}.weight_scale"] == pytest.approx(beta if linear_class == "autobitlinear" else 1 / beta, rel=1e-6)
+
+
+@pytest.mark.parametrize("config", [replace(B158, norm_scale=True), replace(B158, norm="none", norm_sites=".*")], ids=str)
+def test_the_commands_take_a_trained_model_there_and_back(config: BitnetConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Latents are lost on the way; what comes back computes the same, and can be trained on."""
+    train = TrainConfig(model=FOLDABLE, bitnet=config)
+    lm = pretrain.language_model(train, "float32")
+    params = jax.tree.map(lambda leaf: leaf * 1.25, lm.init(jax.random.key(1)))  # norms' scales are not 1
+    pretrained.save(tmp_path / "ours", FOLDABLE, params, None, source={"family": ""}, rounded=config)
+    assert convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
+    packed = 2 * sum(math.prod(shape) for shape in bitnet.kernel_shapes(FOLDABLE).values()) / 4 / 1e6
+    assert f"projections in 2 bits a weight: {packed:.2f} MB, {8 * packed:.2f} MB in bfloat16" in capsys.readouterr().out
+    assert convert.main(["hf", str(tmp_path / "theirs"), str(tmp_path / "back")]) == 0
+    before, after = pretrained.load(tmp_path / "ours"), pretrained.load(tmp_path / "back")
+    for path, leaf in tree.items(bitnet.quantise(before.params, config)):
+        np.testing.assert_allclose(tree.get(bitnet.quantise(after.params, after.train.bitnet), path), leaf, rtol=1e-5, err_msg=path)
+    tokens = jax.random.randint(jax.random.key(2), (2, 9), 0, 61)
+    found = []
+    for model in (before, after):
+        for lm, weights in ((model.lm, model.params), model.for_decoding(sharding.make_mesh(MeshConfig(data=1)), "float32")):
+            found.append(np.asarray(lm.unembed(weights).logits(lm.apply(weights, tokens).hidden)))
+    for logits in found[1:]:
+        np.testing.assert_allclose(logits, found[0], atol=2e-5 * found[0].std())
+    with pytest.raises(ConfigError, match=r"are used rounded \(bitnet.kind b158\), and here they would not be: set --bitnet.kind b158"):
+        plain = TrainConfig(model=FOLDABLE, init_from=str(tmp_path / "back"))
+        pretrain.starting_params(plain, pretrain.language_model(plain, "float32"), sharding.make_mesh(MeshConfig(data=1)))
+    assert convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "other"), "--family", "mistral"]) == 2
+    assert "has b158 weights, which Hugging Face keeps as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_latents_of_quantised_params_quantise_to_them(config: BitnetConfig):
+    codes = bitnet.quantise(decoder(MODEL).init(jax.random.key(0)), config)
+    codes["layers"]["mlp"]["up"]["kernel"] = jnp.zeros_like(codes["layers"]["mlp"]["up"]["kernel"])  # as a dead projection is
+    again = bitnet.quantise(bitnet.latents(codes, config), config)
+    for site in bitnet.kernel_shapes(MODEL):
+        if config.kind == "b158" or site != "mlp/up":  # a sign is never 0
+            np.testing.assert_array_equal(tree.get(again, f"layers/{site}/kernel"), tree.get(codes, f"layers/{site}/kernel"))
+        if site != "mlp/up":
+            scales = (tree.get(params, f"layers/{site}/weight_scale") for params in (again, codes))
+            np.testing.assert_allclose(*scales, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Checkpoints of other libraries as ours, and back.
 
-    python -m tools.convert hf     PATH_OR_REPO  OUT              Hugging Face folder, or hub id -> jaxllm
+    python -m tools.convert hf     PATH_OR_REPO  OUT              Hugging Face folder, or hub id -> jaxllm; ternary ones too
     python -m tools.convert to-hf  CHECKPOINT  OUT                jaxllm -> a folder that AutoModelForCausalLM.from_pretrained reads
     python -m tools.convert gguf   FILE  OUT                      GGUF, in its number format, or dequantised to float32
     python -m tools.convert llama2c  MODEL.bin  TOKENIZER.bin  OUT
@@ -15,11 +15,14 @@ What may be converted and how a family is added: docs/conversion.md.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from jaxllm import cli
 from jaxllm.config import ConfigError, MeshConfig, ModelConfig, nearest
@@ -146,21 +149,28 @@ def say(line: str) -> None:
 
 def from_hf(source: str, out: str, options: FromOptions) -> None:
     """A Hugging Face folder or hub id as a folder of ours."""
+    from jaxllm.interop import bitnet as ternary
     from jaxllm.interop import families, hf
+    from jaxllm.surgery import bitnet
     from tools import check, hf_text, hub
 
     folder = Path(source).expanduser() if Path(source).expanduser().exists() else hub.snapshot(source, options.revision)
     found = hf.open_folder(folder)
-    config = families.config_from_hf(found.config)
-    family = found.config["model_type"]
-    params = families.lazy_from_hf(family, config, found.tensors)
+    rounded, family = None, found.config["model_type"]
+    if ternary.is_ternary(found.config):
+        config, rounded, params = ternary.read(folder)
+        if "weight_scale" in params["layers"]["attention"]["q"]:
+            params = bitnet.latents(params, rounded)
+    else:
+        config = families.config_from_hf(found.config)
+        params = families.lazy_from_hf(family, config, found.tensors)
     tokenizer, template = hf_text.read(folder)
     if options.tokenizer:
         tokenizer, own_template = hf_text.given(options.tokenizer)
         template = own_template or template
     stop_ids = hf_text.stop_ids(folder, found.config, tokenizer, template)
     origin = {"kind": "huggingface", "from": source, "family": family}
-    _save(out, config, params, tokenizer, template, stop_ids, origin, found.files, options)
+    _save(out, config, params, tokenizer, template, stop_ids, origin, found.files, options, rounded)
     if options.check:
         check.against("hf", folder, Path(out), options.check_python, options.check_text, say)
 
@@ -220,6 +230,7 @@ def _save(
     origin: dict[str, Any],
     files: Sequence[Path],
     options: FromOptions,
+    rounded: Any = None,
 ) -> None:
     """What all sources share: the vocabulary's size, the folder, and the lines that say what was done."""
     from jaxllm import __version__, pretrained, tree
@@ -234,8 +245,9 @@ def _save(
         "converter": f"jaxllm {__version__}",
     }  # fmt: skip
     pretrained.save(
-        out, config, params, tokenizer, chat_template=template, stop_ids=stop_ids, source=origin, files=files, mesh=options.mesh
-    )
+        out, config, params, tokenizer, chat_template=template, stop_ids=stop_ids, source=origin, files=files, mesh=options.mesh,
+        rounded=rounded,
+    )  # fmt: skip
     formats = sorted({str(leaf.dtype) for _, leaf in tree.items(params)})
     say(f"wrote {out}: {tree.count(params):,} parameters in {', '.join(formats)}, from {origin['from']} ({origin['family']})")
     if config.vocab_size != before:
@@ -258,6 +270,8 @@ def to_hf(checkpoint: str, out: str, options: ToOptions) -> None:
     hf.write_folder(Path(out), export.tensors, export.files, max_shard_bytes=options.max_shard_bytes, say=say)
     values = json.loads(export.files["config.json"])
     say(f"wrote {out}: {values['architectures'][0]}, {len(export.tensors)} tensors in {values['torch_dtype']}")
+    if packed := sum(math.prod(tensor.shape) for tensor in export.tensors.values() if tensor.dtype == np.uint8):
+        say(f"projections in 2 bits a weight: {packed / 1e6:,.2f} MB, {8 * packed / 1e6:,.2f} MB in bfloat16")
     if options.check:
         check.against("hf", Path(out), Path(checkpoint).expanduser(), options.check_python, options.check_text, say)
 

@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import checkpoint_slices, pretrained, rundir, tree
 from jaxllm.config import ConfigError, ModelConfig, TrainConfig, from_dict
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.interop import bitnet as ternary
 from jaxllm.interop import families, options
 from jaxllm.interop.layout import leaf_shapes
 from jaxllm.interop.stored import Lazy
 from jaxllm.interop.vocab import resize_vocab
+from jaxllm.surgery import bitnet
 
 _DROPPED = {"auto_map", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "architectures", "model_type", "transformers_version"}
 _TEXT_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json")
@@ -50,19 +53,26 @@ def prepare(folder: Path, family: str = "", vocab_size: int | None = None, dtype
     Raises:
       ConfigError: nothing there, a damaged checkpoint, or a config that the family cannot express.
     """
-    config, params = _open(folder)
+    train = pretrained.train_config(folder)  # before anything is hashed: it says what is wrong with the folder
+    config, params = _open(folder, train)
     tokenizer, template, stop_ids = pretrained.load_text(folder)
     if vocab_size is not None:
         config, params = resize_vocab(config, params, vocab_size)
     origin = find_origin(folder)
-    name = family or _fitting(config, origin.family)
-    tensors = families.lazy_to_hf(name, config, params)
+    if train.bitnet.kind == "none":
+        name = family or _fitting(config, origin.family)
+        values, tensors = families.config_to_hf(name, config), families.lazy_to_hf(name, config, params)
+    else:
+        values, tensors = ternary.packed(config, train.bitnet, params)
+        name = values["model_type"]
+        if family not in ("", name):
+            raise ConfigError(f"{folder} has {train.bitnet.kind} weights, which Hugging Face keeps as {name}; leave out --family")
+    floats = {key: tensor for key, tensor in tensors.items() if jnp.issubdtype(tensor.dtype, jnp.floating)}
     if dtype != "keep":
-        tensors = {key: _cast(tensor, np.dtype(dtype)) for key, tensor in tensors.items()}
-    formats = {str(tensor.dtype) for tensor in tensors.values()}
-    main = str(next(iter(tensors.values())).dtype) if len(formats) == 1 else str(tensors[_largest(tensors)].dtype)
+        floats = {key: _cast(tensor, np.dtype(dtype)) for key, tensor in floats.items()}
+        tensors = tensors | floats
+    main = str(floats[_largest(floats)].dtype)
     given = rundir.read_json(origin.folder / "config.json") if origin.folder and origin.family == name else {}
-    values = families.config_to_hf(name, config)
     values |= {key: value for key, value in given.items() if key in options.NEUTRAL and key not in _DROPPED}
     values["torch_dtype"] = main
     for key, own in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id), ("pad_token_id", tokenizer.pad_id)):
@@ -74,13 +84,14 @@ def prepare(folder: Path, family: str = "", vocab_size: int | None = None, dtype
     return Export(tensors, files)
 
 
-def _open(folder: Path) -> tuple[ModelConfig, tree.Tree]:
-    """(config, params that are read slice by slice); whole params for a run that froze some of them."""
-    config = pretrained.model_config(folder)  # before anything is hashed: it says what is wrong with the folder
+def _open(folder: Path, train: TrainConfig) -> tuple[ModelConfig, tree.Tree]:
+    """(config, params that are read slice by slice); whole params for a run that froze some of them, rounded ones where they are."""
+    if train.bitnet.kind != "none":
+        return train.model, bitnet.quantise(pretrained.load(folder, precision="float32").params, train.bitnet)
     params, _ = checkpoint_slices.read(folder)
-    if set(tree.paths(params)) < set(leaf_shapes(config)):
-        return config, pretrained.load(folder, precision="float32").params
-    return config, params
+    if set(tree.paths(params)) < set(leaf_shapes(train.model)):
+        return train.model, pretrained.load(folder, precision="float32").params
+    return train.model, params
 
 
 def find_origin(folder: Path) -> Origin:

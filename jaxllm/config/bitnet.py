@@ -21,6 +21,8 @@ class BitnetConfig:
     """Regex of the projections that do so, e.g. '.*/(o|down)' where the block has norms before attention and mlp: once, not twice."""
     norm_eps: float = 1e-5
     """Added to the variance (or mean square) under the root."""
+    norm_scale: bool = False
+    """Those norms have a trained scale for each feature, as microsoft/bitnet-b1.58-2B-4T has."""
     activation_bits: int = 8
     """Inputs become integers from -Q to Q, Q = 2^(bits-1) - 1."""
     activation_scale: Literal["token", "tensor"] = "token"

@@ -86,6 +86,12 @@ def pack_rows(codes: np.ndarray) -> np.ndarray:
     return np.bitwise_or.reduce([part << 2 * i for i, part in enumerate(parts)]).astype(np.uint8)
 
 
+def is_ternary(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a folder that `read` reads."""
+    about = values.get("quantization_config")
+    return isinstance(about, Mapping) and about.get("quant_method") == "bitnet"
+
+
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in a Hugging Face folder.
 
@@ -106,7 +112,7 @@ def read(folder: Path) -> Checkpoint:
     scales = _unpack_all(tensors, model, inverse) if packed else {}
     norms, sites = _take_norms(tensors, model, model_type, about["use_rms_norm"])
     eps = float(about["rms_norm_eps"]) if about["use_rms_norm"] else model.norm_eps
-    config = BitnetConfig("b158", norm="rms" if norms else "none", norm_sites=sites, norm_eps=eps)
+    config = BitnetConfig("b158", norm="rms" if norms else "none", norm_sites=sites, norm_eps=eps, norm_scale=bool(norms))
     params = params_from_hf("llama", model, tensors)
     return Checkpoint(model, config, tree.from_items([*tree.items(params), *scales.items(), *norms.items()]))
 
@@ -114,7 +120,7 @@ def read(folder: Path) -> Checkpoint:
 def _quantisation(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """`quantization_config` with its defaults put in."""
     about = dict(values.get("quantization_config") or {})
-    if about.get("quant_method") != "bitnet":
+    if not is_ternary(values):
         what = f"quantised by '{about.get('quant_method')}'" if about else "not quantised"
         raise ConfigError(f"{folder} is {what}: its config.json has no quantization_config with quant_method 'bitnet'")
     if values.get("model_type") not in ("bitnet", "llama"):
@@ -191,11 +197,25 @@ def write(
     """Write a folder that transformers loads and computes as we do with a scale for each token: the inverse of `read`.
 
     Args:
-      params: as of `surgery.bitnet.quantise` (of `surgery.bitnet_packed.unpack`, where they are packed). Sign weights are ternary too.
       files: more to write: a tokenizer, a generation config.
 
     Raises:
-      ConfigError: a config or a model that their layout has no place for, params that are not quantised, an existing folder.
+      ConfigError: as `packed`; an existing folder.
+    """
+    values, tensors = packed(model, config, params, linear_class=linear_class)
+    write_folder(folder, tensors, {**(files or {}), "config.json": json.dumps(values, indent=2).encode()})
+
+
+def packed(
+    model: ModelConfig, config: BitnetConfig, params: Params, *, linear_class: Literal["autobitlinear", "bitlinear"] = "autobitlinear"
+) -> tuple[dict[str, Any], dict[str, Lazy]]:
+    """(config.json, tensors) of a model in their layout.
+
+    Args:
+      params: as of `surgery.bitnet.quantise` (of `surgery.bitnet_packed.unpack`, where they are packed). Sign weights are ternary too.
+
+    Raises:
+      ConfigError: a config or a model that their layout has no place for, params that are not quantised.
     """
     sites = _normed(config)
     _refuse(model, config, sites)
@@ -222,8 +242,7 @@ def write(
         "quant_method": "bitnet", "linear_class": linear_class, "quantization_mode": "offline", "modules_to_not_convert": ["lm_head"],
         "use_rms_norm": len(sites) == len(NAMES), "rms_norm_eps": config.norm_eps,
     }  # fmt: skip
-    lazy = {name: Lazy(x.shape, x.dtype, x.__getitem__) for name, x in tensors.items()}
-    write_folder(folder, lazy, {**(files or {}), "config.json": json.dumps(values, indent=2).encode()})
+    return values, {name: Lazy(x.shape, x.dtype, x.__getitem__) for name, x in tensors.items()}
 
 
 def _normed(config: BitnetConfig) -> dict[str, str]:

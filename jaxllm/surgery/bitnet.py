@@ -34,12 +34,14 @@ from jaxtyping import Array, Float
 from jaxllm import tree
 from jaxllm.config import BitnetConfig, ConfigError, ModelConfig
 from jaxllm.config.bitnet import SITES
-from jaxllm.contract import Dot, Params
+from jaxllm.contract import LM, Dot, Params
 from jaxllm.sharding import RULES, axis_size, constrain, current_mesh
 
 type Reparam = Callable[[Params], Params]
 """One layer's params -> those it runs with."""
 
+NORM_SCALES = rf"layers/({'|'.join(SITES)})/scale"
+"""Leaves that `norm_scales` are."""
 FLOOR = 1e-5
 """Least scale, so that nothing is divided by 0."""
 
@@ -176,6 +178,11 @@ def quantise_activations(
     return codes, per_unit, low
 
 
+def normalises(config: BitnetConfig, site: str) -> bool:
+    """Whether a projection normalises its input."""
+    return config.norm != "none" and re.fullmatch(config.norm_sites, site) is not None
+
+
 def normalise(config: BitnetConfig, x: Float[Array, "J *B I"]) -> Float[Array, "J *B I"]:
     """LayerNorm or RMSNorm of each group, in float32, without parameters (SubLN).
 
@@ -220,7 +227,7 @@ def _bit_linear(config: BitnetConfig, inner: Dot, site: str, spec: str, x: Array
     groups = config.num_groups if cuts_inputs(site) else 1
     grouped = x.reshape(*x.shape[: x.ndim - len(features)], groups, -1).astype(jnp.float32)
     grouped = jnp.moveaxis(grouped, -2, 0)  # [J *B I]: XLA:CPU takes bf16 products of batches only with the batch first
-    if config.norm != "none" and re.fullmatch(config.norm_sites, site):
+    if normalises(config, site):
         grouped = normalise(config, grouped)
         if "scale" in leaves:
             grouped = grouped * leaves["scale"].reshape(groups, *(1,) * (grouped.ndim - 2), -1)
@@ -273,7 +280,7 @@ def check(model: ModelConfig, config: BitnetConfig) -> None:
     for site, shape in kernel_shapes(model).items():
         group_shape(config, site, shape)
         twice = model.norm_placement in ("before", "both") and not site.endswith(("/o", "/down"))
-        if twice and config.norm != "none" and re.fullmatch(config.norm_sites, site):
+        if twice and normalises(config, site) and not config.norm_scale:  # others' checkpoints do so, each norm with its own scale
             raise ConfigError(
                 f"the input of {site} would be normalised twice: by the block (model.norm_placement '{model.norm_placement}') and by "
                 f"bitnet.norm '{config.norm}'; set bitnet.norm_sites to '.*/(o|down)', or model.norm_placement to one without a norm there"
@@ -296,6 +303,28 @@ def kernel_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     if c.gated:
         shapes["mlp/gate"] = (c.width, c.ff_width)
     return shapes | {"mlp/up": (c.width, c.ff_width), "mlp/down": (c.ff_width, c.width)}
+
+
+def norm_scales(model: ModelConfig, config: BitnetConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape [L, the kernel's inputs] of the scales that the norms inside have.
+
+    >>> norm_scales(ModelConfig(num_layers=2), BitnetConfig("b158", norm="rms", norm_sites=".*/o", norm_scale=True))
+    {'layers/attention/o/scale': (2, 4, 16)}
+    """
+    if not config.norm_scale:
+        return {}
+    sites = {site: shape for site, shape in kernel_shapes(model).items() if normalises(config, site)}
+    return {f"layers/{site}/scale": (model.num_layers, *shape[: num_inputs(site)]) for site, shape in sites.items()}
+
+
+def with_norm_scales(lm: LM, config: BitnetConfig) -> LM:
+    """`lm`, which was built with `dot`, with `norm_scales` in its params, all of them 1 at the start."""
+
+    def init(key: Array) -> Params:
+        ones = [(path, jnp.ones(shape)) for path, shape in norm_scales(lm.config, config).items()]
+        return tree.merge(lm.init(key), tree.from_items(ones))
+
+    return lm._replace(init=init)
 
 
 def map_layers(f: Callable[[str, Params], Params], layers: Params) -> Params:
@@ -335,6 +364,23 @@ def quantise(params: Params, config: BitnetConfig) -> Params:
         return {**leaves, "kernel": codes.astype(jnp.int8), "weight_scale": scale}
 
     return change_layers(change, params)
+
+
+def latents(params: Params, config: BitnetConfig) -> Params:
+    """Float params whose `quantise` is `params`: to train on from, or to run where quantised ones came without their latents.
+
+    W = β·W̃ / s, with s the share of W̃ that is not 0: then mean |W| is β, and W/β rounds to W̃ again.
+    """
+
+    def change(site: str, leaves: Params) -> Params:
+        codes = leaves["kernel"].astype(jnp.float32)
+        shape, others = group_shape(config, site, codes.shape)
+        share = jnp.abs(codes).reshape(shape).mean(others)
+        scale = leaves["weight_scale"] / jnp.where(share == 0, 1.0, share)
+        kept = {name: leaf for name, leaf in leaves.items() if name != "weight_scale"}
+        return {**kept, "kernel": codes * over_kernel(config, site, scale, codes.shape)}
+
+    return {**params, "layers": map_layers(change, params["layers"])}
 
 
 def round_to_bits(params: Params, bits: int) -> Params:

@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxllm import tree
+from jaxllm import pretrained, tree
 from jaxllm.config import BitnetConfig
 from jaxllm.contract import dot_in
 from jaxllm.interop import bitnet as packed_folders
 from jaxllm.models.transformer import decoder
 from jaxllm.surgery import bitnet, bitnet_packed
+from tools import convert
 
 FOLDER = Path(os.environ.get("JAXLLM_PARITY", "")) / "bitnet"
 PYTHON = os.environ.get("JAXLLM_PARITY_PYTHON", "")
@@ -74,6 +75,15 @@ def test_logits_agree(case: str):
     small = bitnet_packed.pack(params, config)
     hooks = {"dot": bitnet_packed.dot(config, dot_in("float32")), "reparam": bitnet_packed.unpacked(model, config)}
     agree(logits(model, small, answers(case)["input_ids"], **hooks), answers(case)["logits"])
+
+
+@pytest.mark.parametrize("case", [*OFFLINE, "online"])
+def test_the_command_makes_a_model_that_answers_alike(case: str, tmp_path: Path):
+    """With latents of our own making where theirs are gone."""
+    assert convert.main(["hf", str(FOLDER / case), str(tmp_path / "out")]) == 0
+    model = pretrained.load(tmp_path / "out", precision="float32")
+    tokens = jnp.asarray(answers(case)["input_ids"])
+    agree(np.asarray(model.lm.unembed(model.params).logits(model.lm.apply(model.params, tokens).hidden)), answers(case)["logits"])
 
 
 @pytest.mark.parametrize("changes", [{"norm": "none"}, {"norm_eps": 1e-9}, {"activation_scale": "tensor"}, {"activation_bits": 7}], ids=str)
