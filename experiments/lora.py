@@ -9,9 +9,9 @@ What differs here. The models: `small` adapts configs/base.py's 5.9 M parameters
 medium; `paper` is GPT-2 medium as published, planned, not run. The paper trains five epochs of 42,000 references; here an arm sees as many
 tokens as two cores read in a minute (`small`) or twenty (`real`), the same for all arms. Train references were word-tokenised, and are
 detokenised by sacremoses (98.2 % exact on dev, see tools/table_text.py); dev's are as published. BLEU is sacrebleu's 13a, the others those
-of jaxllm/evals/overlap.py, METEOR left out because it needs Java; beam 5 on 100 tables of dev. Four learning rates, a factor of three
-apart, are searched for every arm; r, alpha and the rest are the paper's. Norms alone stand for BitFit: a model without biases has none to
-train.
+of jaxllm/evals/overlap.py, METEOR left out because it needs Java; beam 5 on 100 tables of dev. Every arm of which `small` expects an order
+searches four learning rates, a factor of three apart; other matrices and ranks take that of r 4 on q and v, and `real` has one rate an
+arm. r, alpha and the rest are the paper's. Norms alone stand for BitFit: a model without biases has none to train.
 Arms at 24,576 parameters: LoRA r 4 on q and v, prefix of 8 states, adapter layers of width 4 (and norms).
 
     python -m tools.fetch e2e-nlg             the data
@@ -26,8 +26,9 @@ Results: docs/results/lora.md, written by the command itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from configs import base, table_text
 from configs.models import gpt2_medium
@@ -44,13 +45,15 @@ from jaxllm.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from jaxllm.study import Arm, Column, Ordering, Run, Study, starting_from
+from jaxllm.study import Arm, Column, Figure, Ordering, Row, Run, Study, starting_from
+from jaxllm.study.figures import lines, over_rates, points
 from jaxllm.surgery import adapters, bottleneck, prefix
 
+LORA, SUBSPACES = "LoRA q, v, r 4", "subspaces of r 8 and r 64"
 ONLY_NORMS = ((r".*_norm/(scale|bias)", False), (r".*", True))
 RATES = {
     "full": (3e-4, 1e-3, 3e-3, 1e-2),
-    "LoRA q, v, r 4": (1e-3, 3e-3, 1e-2, 3e-2),
+    LORA: (1e-3, 3e-3, 1e-2, 3e-2),
     "prefix 8": (3e-3, 1e-2, 3e-2, 1e-1),
     "adapter layers": (1e-3, 3e-3, 1e-2, 3e-2),
     "norms alone": (1e-3, 3e-3, 1e-2, 3e-2),
@@ -67,8 +70,31 @@ tuning = replace(table_text.small, name="lora-small", loss=LossConfig(label_smoo
 
 def subspaces(run: Run) -> Mapping[str, float]:
     """Sections 7.2 and 7.3 on the trained adapters."""
-    small, large = (run.needs[name].run_dir for name in ("q, v, r 8", "q, v, r 64"))
-    return measures.overlap_of_adapters(small, large)
+    folder = {rank: run.needs[f"q, v, r {rank}"].run_dir for rank in RANKS}
+    factors = {f"factor r {rank}": measures.amplification_of_adapters(folder[rank])["factor"] for rank in RANKS}
+    return {**measures.similarity_of_adapters(folder[8], folder[64]), **factors}
+
+
+def over_rank(rows: Sequence[Row]) -> str:
+    """Held-out loss over the rank, mean over seeds."""
+    mine = [row for row in rows if row["kind"] == "run" and row["arm"].startswith("q, v, r ")]
+    series = {"q and v": points(mine, lambda row: float(row["arm"].rpartition(" ")[2]), "loss")}
+    return lines("Held-out loss over the rank", "r", "held-out loss", series, log_x=True)
+
+
+def over_directions(rows: Sequence[Row]) -> str:
+    """φ(i, j) over j, for some i."""
+    found: dict[str, float] = next((row["metrics"] for row in rows if row["arm"] == SUBSPACES), {})
+    grid = {tuple(map(int, name.split()[1:])): value for name, value in found.items() if name.startswith("phi ")}
+    series = {f"i = {i}": [(float(j), value, None) for (row, j), value in grid.items() if row == i] for i in sorted({i for i, _ in grid})}
+    return lines("Subspace similarity of r 8 and r 64", "j, directions of r 64", "φ(i, j)", series, log_x=True)
+
+
+def over_amplification(rows: Sequence[Row]) -> str:
+    """‖ΔW‖ / ‖Uᵀ W V‖ over the rank."""
+    found: dict[str, float] = next((row["metrics"] for row in rows if row["arm"] == SUBSPACES), {})
+    series = {"q": [(float(rank), found[f"factor r {rank}"], None) for rank in RANKS if f"factor r {rank}" in found]}
+    return lines("Amplification over the rank", "r", "amplification", series, log_x=True)
 
 
 def adapted(config: TrainConfig, adapter: LoraConfig) -> TrainConfig:
@@ -80,7 +106,7 @@ def methods(config: TrainConfig) -> dict[str, TrainConfig]:
     frozen = lambda rules: replace(config.optim, freeze=rules)
     return {
         "full": config,
-        "LoRA q, v, r 4": adapted(config, lora(4)),
+        LORA: adapted(config, lora(4)),
         "prefix 8": replace(config, prefix=PrefixConfig(8), optim=frozen(prefix.TRAIN_ONLY_PREFIX)),
         "adapter layers": replace(config, bottleneck=BottleneckConfig(4), optim=frozen(bottleneck.TRAIN_ONLY_ADAPTERS)),
         "norms alone": replace(config, optim=frozen(ONLY_NORMS)),
@@ -91,11 +117,19 @@ def methods(config: TrainConfig) -> dict[str, TrainConfig]:
 THREE, ONE = (0, 1, 2), (0,)
 WHICH = {"q": (8, ONE), "k": (8, ONE), "v": (8, ONE), "o": (8, ONE), "[qk]": (4, THREE), "[qkvo]": (2, ONE)}
 RANKS = {1: THREE, 2: ONE, 8: THREE, 64: ONE}
+
+
+def placed(name: str, adapter: LoraConfig, seeds: tuple[int, ...]) -> Arm:
+    """LoRA elsewhere, or of another rank: with a search of its own where an order is expected of it."""
+    search: dict[str, Any] = {"rates": RATES[LORA]} if seeds == THREE else {"rate_of": LORA}
+    return Arm(name, adapted(tuning, adapter), seeds=seeds, **search)
+
+
 COLUMNS = (
     Column("loss", "held-out loss"), Column("bleu", "BLEU", better="higher", digits=1), Column("nist", "NIST", better="higher", digits=2),
     Column("rouge_l", "ROUGE-L", better="higher"), Column("cider", "CIDEr", better="higher", digits=2),
-    Column("trained_mb", "MB kept", better="lower", digits=2), Column("phi_first", "φ(1, 1)", better="neither"),
-    Column("phi_all", "φ(r, r)", better="neither"), Column("amplification", "amplification", better="neither", digits=1),
+    Column("trained_mb", "MB kept", better="lower", digits=2), Column("phi 1 1", "φ(1, 1)", better="neither"),
+    Column("phi 8 64", "φ(8, 64)", better="neither"), Column("factor r 8", "amplification, r 8", better="neither", digits=1),
 )  # fmt: skip
 PAPER = """
 | GPT-2 medium, E2E | BLEU | NIST | METEOR | ROUGE-L | CIDEr |
@@ -112,27 +146,32 @@ small = Study(
     title=TITLE,
     arms=(
         *(Arm(name, config, rates=RATES[name], measure=measures.table_to_text) for name, config in methods(tuning).items()),
-        *(
-            Arm(f"{where.strip('[]')}, r {rank}", adapted(tuning, lora(rank, where=where)), rate_of="LoRA q, v, r 4", seeds=seeds)
-            for where, (rank, seeds) in WHICH.items()
-        ),
-        *(Arm(f"q, v, r {rank}", adapted(tuning, lora(rank)), rate_of="LoRA q, v, r 4", seeds=seeds) for rank, seeds in RANKS.items()),
-        Arm("subspaces of r 8 and r 64", measure=subspaces, needs=("q, v, r 8", "q, v, r 64"), seeds=(0,)),
+        *(placed(f"{where.strip('[]')}, r {rank}", lora(rank, where=where), seeds) for where, (rank, seeds) in WHICH.items()),
+        *(placed(f"q, v, r {rank}", lora(rank), seeds) for rank, seeds in RANKS.items()),
+        Arm(SUBSPACES, measure=subspaces, needs=tuple(f"q, v, r {rank}" for rank in RANKS), seeds=(0,)),
     ),
     columns=COLUMNS,
     orderings=(
-        Ordering("LoRA q, v, r 4", "<=", "full", text="LoRA is within noise of full fine-tuning, or better"),
-        Ordering("LoRA q, v, r 4", "<=", "adapter layers"),
-        Ordering("LoRA q, v, r 4", "<=", "prefix 8"),
-        Ordering("LoRA q, v, r 4", "<=", "qk, r 4", text="q and v rather than q and k, at one parameter count"),
+        Ordering(LORA, "<=", "full", text="LoRA is within noise of full fine-tuning, or better"),
+        Ordering(LORA, "<=", "adapter layers"),
+        Ordering(LORA, "<=", "prefix 8"),
+        Ordering(LORA, "<=", "qk, r 4", text="q and v rather than q and k, at one parameter count"),
         Ordering("q, v, r 8", "<=", "q, v, r 1", text="more rank does not hurt"),
     ),
     about="Base: configs/base.py, 5.9 M parameters. Every arm trains on the same number of tokens.",
     paper=PAPER,
-)
+    figures=(
+        Figure("rates", "Held-out loss over the learning rates that were searched, seed 0.", over_rates("loss", "held-out loss")),
+        Figure("rank", "Held-out loss over the rank of LoRA on q and v.", over_rank),
+        Figure("subspaces", "Similarity φ(i, j) of the first i directions of A at r 8 with the first j at r 64, q, mean over layers.",
+               over_directions),
+        Figure("amplification", "How much LoRA amplifies what its kernel does in LoRA's own directions, q, mean over layers.",
+               over_amplification),
+    ),
+)  # fmt: skip
 
 tuning_real = replace(table_text.real, name="lora-real", loss=tuning.loss)
-REAL_RATES = {"full": 1e-4, "LoRA q, v, r 4": 2e-3, "prefix 8": 1e-2, "adapter layers": 2e-3, "norms alone": 2e-3}
+REAL_RATES = {"full": 1e-4, LORA: 2e-3, "prefix 8": 1e-2, "adapter layers": 2e-3, "norms alone": 2e-3}
 
 real = Study(
     name="lora-real",
@@ -142,7 +181,7 @@ real = Study(
         for name, config in methods(tuning_real).items()
     ),
     columns=COLUMNS[:6],
-    orderings=(Ordering("LoRA q, v, r 4", "<=", "full"),),
+    orderings=(Ordering(LORA, "<=", "full"),),
     about="Base: SmolLM2-135M-Instruct, from its 4-bit file. One seed, one rate an arm: no order is claimed.",
     paper=PAPER,
 )
@@ -156,7 +195,7 @@ debug = Study(
         Arm("base", base.debug, seeds=(0,)),
         *(Arm(name, config, seeds=(0,), needs=("base",), prepare=starting_from("base")) for name, config in methods(_debug).items()),
     ),
-    orderings=(Ordering("LoRA q, v, r 4", "<=", "base"),),
+    orderings=(Ordering(LORA, "<=", "base"),),
 )
 
 paper = TrainConfig(

@@ -8,10 +8,10 @@ Distillation, arXiv:2407.14679.
     the teacher is first trained on a little with the text of the distillation (teacher correction)
 
 What differs here. The paper prunes Llama-3.1-8B to 4B and distils on 94 billion tokens; `small` prunes the 11.2 M parameters of
-configs/base.py:teacher to 6.3 M, with text that this teacher has never seen (the documentation of web services), `real` SmolLM2-135M to
-90 M. Depth goes by block influence where the paper looks at Winogrande. Every arm has the same tokens and the same number of learning
-rates. Bits per byte of WikiText-2 stand for the paper's tasks in `small`, whose models are at chance there; `real` also answers the first
-200 questions of ARC-Easy and PIQA.
+configs/base.py:teacher to 6.3 M, with text that this teacher has never seen (the documentation of web services), `real` SmolLM2-135M to 90
+M. Depth goes by block influence where the paper looks at Winogrande. Every student has the same tokens and searches the same rates; all are
+cut out of the teacher as it was, so that correction changes who teaches and nothing else. Bits per byte of WikiText-2 stand for the paper's
+tasks in `small`, whose models are at chance there; `real` also answers the first 200 questions of ARC-Easy and PIQA.
 
     python -m tools.fetch wikitext2-valid          for evaluation only; and `choices` for `real`
     jaxllm train configs/base.py:teacher           the teacher of `small`; python -m tools.fetch smollm2-135m for `real`
@@ -159,10 +159,10 @@ def correction(config: TrainConfig) -> TrainConfig:
     return replace(config, optim=replace(config.optim, lr=base.teacher.optim.lr / 5))
 
 
-def arm(name: str, shape: Shape, how: How, source: str = CORRECTED, kd: bool = True, **options: Any) -> Arm:
-    """A student of `tuning`'s text."""
-    needs = (source,) if source == CORRECTED else ()
-    return Arm(name, shaped(tuning, shape), rates=RATES, needs=needs, prepare=student(how, source, kd), measure=scores, **options)
+def arm(name: str, shape: Shape, how: How, teacher: str = CORRECTED) -> Arm:
+    """A student of `tuning`'s text, cut out of the teacher before its correction."""
+    needs = (CORRECTED,) if teacher == CORRECTED else ()
+    return Arm(name, shaped(tuning, shape), rates=RATES, needs=needs, prepare=student(how, tuning.init_from, teacher), measure=scores)
 
 
 BEST = "width, KD"
@@ -174,7 +174,7 @@ small = Study(
         Arm(CORRECTED, correction(tuning), seeds=(0,), measure=scores),
         arm(BEST, WIDTH, "importance"),
         arm("width, KD, teacher not corrected", WIDTH, "importance", tuning.init_from),
-        arm("width, text alone", WIDTH, "importance", kd=False),
+        arm("width, text alone", WIDTH, "importance", teacher=""),
         arm("width at random, KD", WIDTH, "random"),
         arm("from scratch, KD", WIDTH, "scratch"),
         arm("depth, KD", DEPTH, "importance"),
@@ -200,9 +200,9 @@ WIDTH_REAL = shapes.near(tuning_real.model, BUDGET_REAL, rank=shapes.nearest_pro
 DEPTH_REAL = Shape.of(tuning_real.model)._replace(num_layers=17)
 
 
-def arm_real(name: str, shape: Shape, how: How, kd: bool = True) -> Arm:
+def arm_real(name: str, shape: Shape, how: How, teacher: str = tuning_real.init_from) -> Arm:
     """A student of SmolLM2-135M."""
-    prepare = student(how, tuning_real.init_from, kd)
+    prepare = student(how, tuning_real.init_from, teacher)
     return Arm(name, shaped(tuning_real, shape), seeds=(0,), prepare=prepare, measure=partial(scores, questions=QUESTIONS))
 
 
@@ -212,7 +212,7 @@ real = Study(
     arms=(
         Arm("teacher", seeds=(0,), measure=partial(untouched, tuning_real, questions=QUESTIONS)),
         arm_real(BEST, WIDTH_REAL, "importance"),
-        arm_real("width, text alone", WIDTH_REAL, "importance", kd=False),
+        arm_real("width, text alone", WIDTH_REAL, "importance", teacher=""),
         arm_real("width at random, KD", WIDTH_REAL, "random"),
         arm_real("depth, KD", DEPTH_REAL, "importance"),
     ),
@@ -235,13 +235,14 @@ search = Study(
         *(
             Arm(
                 str(shape), replace(shaped(tuning, shape), num_steps=30, eval_every=10, save_every=30), seeds=(0,), needs=(CORRECTED,),
-                prepare=student("importance", CORRECTED), measure=scores,
+                prepare=student("importance", tuning.init_from, CORRECTED), measure=scores,
             )
             for shape in CANDIDATES
         ),
     ),
     columns=COLUMNS,
     about=f"All of {BUDGET:,} parameters within 5 %. One seed and few steps: a ranking to choose by, not a result.",
+    ranked=True,
 )  # fmt: skip
 
 
@@ -264,18 +265,25 @@ def shrinking(teacher: str, target_params: str) -> Study:
         title=f"{teacher} to {target_params} parameters: {shape}",
         arms=(
             Arm(CORRECTED, replace(config, optim=replace(config.optim, lr=1e-4)), seeds=(0,), measure=scores),
-            Arm("student", shaped(config, shape), seeds=(0,), needs=(CORRECTED,), prepare=student("importance", CORRECTED), measure=scores),
+            Arm(
+                "student",
+                shaped(config, shape),
+                seeds=(0,),
+                needs=(CORRECTED,),
+                prepare=student("importance", teacher, CORRECTED),
+                measure=scores,
+            ),
         ),
         columns=COLUMNS,
         about="The student's run directory is a checkpoint like any other: python -m tools.convert to-hf RUN_DIR FOLDER.",
-    )
+    )  # fmt: skip
 
 
 _debug = replace(base.debug, name="minitron-debug", num_steps=10, eval_every=5, eval_batches=2)
 _NARROW = Shape.of(_debug.model)._replace(width=24, ff_width=_debug.model.ff_width // 2)
-_WAYS: tuple[tuple[str, How, bool], ...] = (
-    (BEST, "importance", True), ("width, text alone", "importance", False), ("width at random, KD", "random", True),
-    ("from scratch, KD", "scratch", True),
+_WAYS: tuple[tuple[str, How, str], ...] = (
+    (BEST, "importance", CORRECTED), ("width, text alone", "importance", ""), ("width at random, KD", "random", CORRECTED),
+    ("from scratch, KD", "scratch", CORRECTED),
 )  # fmt: skip
 debug = Study(
     name="minitron-debug",
@@ -283,12 +291,12 @@ debug = Study(
     arms=(
         Arm(CORRECTED, base.debug, seeds=(0,)),
         *(
-            Arm(name, shaped(_debug, _NARROW), seeds=(0,), needs=(CORRECTED,), prepare=student(how, CORRECTED, kd))
-            for name, how, kd in _WAYS
+            Arm(name, shaped(_debug, _NARROW), seeds=(0,), needs=(CORRECTED,), prepare=student(how, CORRECTED, teacher))
+            for name, how, teacher in _WAYS
         ),
         Arm(
             "depth, KD", shaped(_debug, Shape.of(_debug.model)._replace(num_layers=1)), seeds=(0,), needs=(CORRECTED,),
-            prepare=student("importance", CORRECTED),
+            prepare=student("importance", CORRECTED, CORRECTED),
         ),
     ),
     orderings=(Ordering(BEST, "<=", "from scratch, KD"),),
@@ -347,9 +355,10 @@ def from_words(words: list[str]) -> dict[str, TrainConfig | Study]:
     """PRESETS; where `--teacher CHECKPOINT --target-params N` is among the words, which are taken out, `small` is about that checkpoint.
 
     Raises:
-      ConfigError: one of the two without the other, or without its value.
+      ConfigError: one of the two without the other, or without its value; another preset.
     """
     given: dict[str, str] = {}
+    words[:] = [part for word in words for part in (word.split("=", 1) if word.startswith(("--teacher=", "--target")) else [word])]
     for name in ("--teacher", "--target-params"):
         for flag in (name, name.replace("-params", "_params")):
             if flag in words:
@@ -362,6 +371,8 @@ def from_words(words: list[str]) -> dict[str, TrainConfig | Study]:
         return PRESETS
     if len(given) < 2:
         raise ConfigError("--teacher CHECKPOINT and --target-params N go together, e.g. --teacher runs/A --target-params 90M")
+    if words[:1] != ["small"]:
+        raise ConfigError(f"--teacher goes with `small`, not with {' '.join(words[:1]) or 'nothing'}: it has its own text and steps")
     return {**PRESETS, "small": shrinking(given["--teacher"], given["--target-params"])}
 
 

@@ -9,8 +9,9 @@ What differs here. Models and token budgets are those of experiments/lora.py: 5.
 place of GPT-2 medium, a minute or twenty an arm in the place of five epochs. The MLP's hidden width is 128 where the paper's is 512 (the
 base is a quarter as wide). The text's positions start after the prefix, as where a prefix came first. WebNLG is not here: categories
 that were never trained on are E2E tables with Chinese food, which are left out of train; DART's dev set, cut into 80 % and 20 % of its
-tables, is the second data set. In runs with 50 to 200 examples the states start from the activations of words, as in the paper.
-Fine-tuning has a learning-rate search of as many rates.
+tables, is the second data set. In runs with 50 to 500 examples the states start from the activations of words, as in the paper, and
+every method, LoRA too, searches three rates for each number of examples but 500, which takes those of 200. Initialisation, length, unseen
+categories and DART take the rate that the same method has found on all of E2E.
 
     python -m tools.fetch e2e-nlg && python -m tools.fetch dart
     jaxllm train configs/base.py
@@ -24,8 +25,10 @@ Results: docs/results/prefix_tuning.md, written by the command itself.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from configs import base, table_text
 from configs.models import gpt2_medium
@@ -33,17 +36,18 @@ from jaxllm import measures, pretrain
 from jaxllm.cli import experiment_main
 from jaxllm.config import (
     ConfigError,
+    LoraConfig,
     MeshConfig,
     OptimConfig,
     PrefixConfig,
     ScheduleConfig,
-    SourceConfig,
     TokenizerConfig,
     TrainConfig,
 )
 from jaxllm.files import how_to_get, path_of, write_atomic
-from jaxllm.study import Arm, Column, Ordering, Study, starting_from
-from jaxllm.surgery import prefix
+from jaxllm.study import Arm, Column, Figure, Ordering, Row, Run, Study, starting_from
+from jaxllm.study.figures import lines, over_rates, points
+from jaxllm.surgery import adapters, prefix
 
 TUNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 MLP_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -58,36 +62,48 @@ def with_prefix(config: TrainConfig, length: int, **options: object) -> TrainCon
     return replace(config, prefix=PrefixConfig(length, **options), optim=replace(config.optim, freeze=prefix.TRAIN_ONLY_PREFIX))  # type: ignore[arg-type]
 
 
-def part(source: str, name: str, choose: Callable[[list[str]], Sequence[str]]) -> SourceConfig:
-    """Some lines of a file of E2E, in a file of their own in the cache.
+def with_lora(config: TrainConfig) -> TrainConfig:
+    """Rank 4 on q and v, as experiments/lora.py has it."""
+    lora = LoraConfig(rules=(("layers/attention/[qv]/kernel", 4, 32.0),), dropout=0.1)
+    return replace(config, lora=lora, optim=replace(config.optim, freeze=adapters.TRAIN_ONLY_LORA))
 
-    Raises:
-      ConfigError: the data are not here; the command that brings them.
-    """
-    whole, chosen = path_of(f"cache://data/e2e-nlg/{source}.jsonl"), f"cache://data/e2e-nlg-parts/{name}.jsonl"
-    if not path_of(chosen).is_file():
-        if not whole.is_file():
-            raise ConfigError(f"no file {whole}{how_to_get('cache://data/e2e-nlg')}")
-        path_of(chosen).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path_of(chosen), "".join(f"{line}\n" for line in choose(whole.read_text().splitlines())).encode())
-    return table_text.pairs(chosen)
+
+FEW = "cache://data/e2e-nlg-few"
+UNSEEN = "cache://data/e2e-nlg/without-chinese-food"
 
 
 def few(num_examples: int) -> Callable[[TrainConfig, int], TrainConfig]:
-    """(config, seed) -> config that trains for 110 steps on that many examples, drawn by the seed."""
+    """(config, seed) -> config that trains on that many examples, drawn by the seed; `drawn` draws them."""
 
     def vary(config: TrainConfig, seed: int) -> TrainConfig:
-        sample = part("train", f"{num_examples}-{seed}", lambda lines: random.Random(seed).sample(lines, num_examples))
-        return replace(config, seed=seed, num_steps=110, save_every=110, data=replace(config.data, sources=(sample,)))
+        sample = table_text.pairs(f"{FEW}/{num_examples}-{seed}.jsonl")
+        return replace(config, seed=seed, num_steps=115, save_every=115, data=replace(config.data, sources=(sample,)))
 
     return vary
 
 
+def drawn(run: Run) -> TrainConfig:
+    """An `Arm.prepare`: the sample of E2E that the config names, written where it is not there yet.
+
+    Raises:
+      ConfigError: the data are not here; the command that brings them.
+    """
+    assert run.config is not None
+    (source,) = run.config.data.sources
+    path = path_of(source.path)
+    if not path.is_file():
+        if not (whole := path_of(table_text.TRAIN)).is_file():
+            raise ConfigError(f"no file {whole}{how_to_get(table_text.TRAIN)}")
+        number, seed = map(int, path.stem.split("-"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = random.Random(seed).sample(whole.read_text().splitlines(), number)
+        write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    return run.config
+
+
 def unseen(config: TrainConfig, seed: int) -> TrainConfig:
     """`config` that trains on tables and texts without Chinese food, and is evaluated on those with it."""
-    names = lambda line: "chinese" in line.lower()
-    train = part("train", "train-unseen", lambda lines: [line for line in lines if not names(line)])
-    dev = part("dev_pairs", "dev-unseen", lambda lines: [line for line in lines if names(line)])
+    train, dev = (table_text.pairs(f"{UNSEEN}/{name}.jsonl") for name in ("train", "dev_unseen_pairs"))
     return replace(config, seed=seed, data=replace(config.data, sources=(train,), held_out=(dev,)))
 
 
@@ -111,18 +127,45 @@ PAPER = """
 With 50 to 500 examples prefix-tuning is 2.9 BLEU better than fine-tuning on average, and the gap shrinks with size.
 """
 TITLE = "Prefix-Tuning, arXiv:2101.00190: tables to text"
-SEPARATOR = 0  # ` =>` is several pieces in most tokenizers; see `infix`
 
 
-def infix(config: TrainConfig, length: int) -> TrainConfig:
-    """An infix is seen from the last token of the prompt's ` =>` on."""
+def infix(run: Run) -> TrainConfig:
+    """An `Arm.prepare`: an infix is seen from the last token of the prompt's ` =>` on, which is several pieces in most tokenizers."""
     from jaxllm.data import tokenizer
 
-    try:
-        ids = tokenizer.load(config.data.tokenizer.path).encode("name : X =>")
-    except ConfigError:  # not built yet: the arm says so when it runs
-        return with_prefix(config, length, place="infix", separator=SEPARATOR)
-    return with_prefix(config, length, place="infix", separator=int(ids[-1]))
+    assert run.config is not None
+    last = tokenizer.load(path_of(run.config.data.tokenizer.path)).encode("name : X =>")[-1]
+    return replace(run.config, prefix=replace(run.config.prefix, separator=int(last)))
+
+
+def examples(num: int, seeds: tuple[int, ...], **search: Any) -> tuple[Arm, ...]:
+    """Each way to tune, on so many examples."""
+    ways = {
+        "full": (tuning, (3e-5, 1e-4, 3e-4)),
+        "prefix": (with_prefix(tuning, 8, init_text=RELATED), (3e-3, 1e-2, 3e-2)),
+        "LoRA": (with_lora(tuning), (1e-3, 3e-3, 1e-2)),
+    }
+    return tuple(
+        Arm(f"{way}, {num} examples", config, seeds=seeds, vary=few(num), prepare=drawn,
+            **((search and {"rate_of": f"{way}, {search['like']} examples"}) or {"rates": rates}))
+        for way, (config, rates) in ways.items()
+    )  # fmt: skip
+
+
+def over_examples(rows: Sequence[Row]) -> str:
+    """Held-out loss over the number of examples, mean over seeds."""
+    mine = [row for row in rows if row["kind"] == "run" and row["arm"].endswith(" examples")]
+    number = lambda row: float(row["arm"].split()[-2])
+    ways = dict.fromkeys(row["arm"].partition(",")[0] for row in mine)
+    series = {way: points([row for row in mine if row["arm"].startswith(f"{way},")], number, "loss") for way in ways}
+    return lines("Held-out loss over the number of examples", "examples", "held-out loss", series, log_x=True)
+
+
+def over_length(rows: Sequence[Row]) -> str:
+    """Held-out loss over the prefix's length, mean over seeds."""
+    mine = [row for row in rows if row["kind"] == "run" and re.fullmatch(r"prefix \d+, states", row["arm"])]
+    series = {"states": points(mine, lambda row: float(row["arm"].split()[1].strip(",")), "loss")}
+    return lines("Held-out loss over the prefix's length", "states a layer", "held-out loss", series, log_x=True)
 
 
 LENGTHS = {1: (0, 1, 2), 4: (0,), 16: (0,)}
@@ -135,17 +178,17 @@ small = Study(
         Arm(BEST, with_prefix(tuning, 8, hidden=128), rates=MLP_RATES, measure=measures.table_to_text),
         Arm("prefix 8, states", with_prefix(tuning, 8), rates=STATE_RATES, measure=measures.table_to_text),
         Arm("embedding-only 8", with_prefix(tuning, 8, place="embedding"), rates=STATE_RATES, measure=measures.table_to_text),
-        Arm("infix 8, states", infix(tuning, 8), rate_of="prefix 8, states", measure=measures.table_to_text),
+        Arm(
+            "infix 8, states", with_prefix(tuning, 8, place="infix", separator=0), rates=STATE_RATES, prepare=infix,
+            measure=measures.table_to_text,
+        ),
         *(Arm(f"prefix {n}, states", with_prefix(tuning, n), rate_of="prefix 8, states", seeds=seeds) for n, seeds in LENGTHS.items()),
         Arm("from related words", with_prefix(tuning, 8, init_text=RELATED), rate_of="prefix 8, states"),
         Arm("from unrelated words", with_prefix(tuning, 8, init_text=UNRELATED), rate_of="prefix 8, states"),
-        *(Arm(f"full, {n} examples", tuning, rate_of="full", vary=few(n)) for n in (50, 100, 200)),
-        *(
-            Arm(f"prefix, {n} examples", with_prefix(tuning, 8, init_text=RELATED), rate_of="prefix 8, states", vary=few(n))
-            for n in (50, 100, 200)
-        ),
-        Arm("unseen: full", tuning, rate_of="full", vary=unseen),
-        Arm("unseen: prefix 8 by MLP", with_prefix(tuning, 8, hidden=128), rate_of=BEST, vary=unseen),
+        *(arm for n in (50, 100, 200) for arm in examples(n, (0, 1, 2))),
+        *examples(500, (0,), like=200),
+        Arm("unseen: full", tuning, rate_of="full", vary=unseen, measure=measures.table_to_text),
+        Arm("unseen: prefix 8 by MLP", with_prefix(tuning, 8, hidden=128), rate_of=BEST, vary=unseen, measure=measures.table_to_text),
         Arm("DART: full", replace(tuning, data=table_text.DART), rate_of="full", measure=measures.table_to_text),
         Arm(
             "DART: prefix 8 by MLP",
@@ -157,7 +200,7 @@ small = Study(
     columns=COLUMNS,
     orderings=(
         Ordering(BEST, "<=", "full", "loss", "a prefix is within noise of fine-tuning, or better"),
-        *(Ordering(f"prefix, {n} examples", "<", f"full, {n} examples") for n in (50, 100, 200)),
+        *(Ordering(f"prefix, {n} examples", "<", f"{way}, {n} examples") for n in (50, 100, 200) for way in ("full", "LoRA")),
         Ordering("unseen: prefix 8 by MLP", "<=", "unseen: full"),
         Ordering("prefix 8, states", "<", "embedding-only 8"),
         Ordering("prefix 8, states", "<=", "infix 8, states"),
@@ -165,9 +208,14 @@ small = Study(
         Ordering("from related words", "<=", "from unrelated words"),
         Ordering("from related words", "<", "prefix 8, states", "loss", "words beat a random start"),
     ),
-    about="Base: configs/base.py, 5.9 M parameters. Arms with few examples train for 110 steps on a sample that each seed draws.",
+    about="Base: configs/base.py, 5.9 M parameters. Arms with few examples train for 115 steps on a sample that each seed draws.",
     paper=PAPER,
-)
+    figures=(
+        Figure("rates", "Held-out loss over the learning rates that were searched, seed 0.", over_rates("loss", "held-out loss")),
+        Figure("examples", "Held-out loss over the number of examples; 500 with one seed.", over_examples),
+        Figure("length", "Held-out loss over the number of states; lengths 4 and 16 with one seed.", over_length),
+    ),
+)  # fmt: skip
 
 tuning_real = replace(table_text.real, name="prefix-real", optim=tuning.optim)
 

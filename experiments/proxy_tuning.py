@@ -137,7 +137,7 @@ def arms_of(
     """
     needs = (given,) if given else ()
     start = starting_from(given) if given else None
-    cut = student("importance", given or tuning.init_from)
+    cut = student("importance", given or tuning.init_from, given or tuning.init_from)
     return (
         Arm(BASE, seeds=(0,), needs=needs, measure=partial(untouched, tuning)),
         Arm(TUNED, tuning, rates=rates[TUNED], seeds=seeds, needs=needs, prepare=start, measure=partial(itself, tuning)),
@@ -161,7 +161,7 @@ ORDERINGS = (
 THREE, ONE = (0, 1, 2), (0,)
 
 tuning = replace(table_text.small, name="proxy-small")
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SHAPE = shapes.near(tuning.model, 3_000_000, rank=shapes.nearest_proportions(tuning.model, 3_000_000))[0]
 healing = replace(
     base.config, name="proxy-student", optim=replace(base.config.optim, lr=1e-3, schedule=ScheduleConfig(kind="cosine", warmup_steps=10)),

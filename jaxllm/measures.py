@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxllm import checkpoint, evaluate, optim, pretrain, pretrained, sharding, tree
-from jaxllm.config import ConfigError, SourceConfig, TrainConfig, from_dict
+from jaxllm import checkpoint, evaluate, optim, pretrain, pretrained, rundir, sharding, tree
+from jaxllm.config import ConfigError, SourceConfig, TokenizerConfig, TrainConfig, from_dict
 from jaxllm.contract import Params
 from jaxllm.data import batch as batches
 from jaxllm.evals.overlap import ALL, overlap
@@ -92,28 +93,34 @@ def trained_leaves(run_dir: Path) -> tuple[TrainConfig, Params]:
     return config, checkpoint.load_params(run_dir, kept, ("ema", "trainable")).state
 
 
-def overlap_of_adapters(small: Path, large: Path, site: str = "layers/attention/q") -> dict[str, float]:
-    """Subspace similarity φ of two adapters' A at one site, mean over layers, and how much the smaller one amplifies its kernel.
+def similarity_of_adapters(small: Path, large: Path, site: str = "layers/attention/q") -> dict[str, float]:
+    """Subspace similarity φ(i, j) of two adapters' A at one site, mean over layers: {'phi i j'} for i, j = 1, 2, 4, … and the ranks.
 
-    Source: arXiv:2106.09685 sections 7.2 and 7.3.
+    Source: arXiv:2106.09685 section 7.2.
     """
-    (config, one), (_, two) = (trained_leaves(path) for path in (small, large))
-    a, b = (np.asarray(tree.get(leaves, f"{site}/lora_a"), np.float64) for leaves in (one, two))
-    a, b = (x.reshape(len(x), -1, x.shape[-1]) for x in (a, b))
-    rank, layers = a.shape[-1], range(len(a))
-    phi = np.mean([subspace.similarities(a[i], b[i]) for i in layers], axis=0)
-    kernels = tree.get(pretrained.load(small).params, f"{site}/kernel")  # merged: the base's is this minus the change
-    scale = adapters.scale_of(config.lora, f"{site}/kernel")
-    change = [
-        scale * np.tensordot(a[i], np.asarray(tree.get(one, f"{site}/lora_b"), np.float64)[i], 1).reshape(a.shape[1], -1) for i in layers
-    ]
-    base = [np.asarray(kernels[i], np.float64).reshape(change[i].shape) - change[i] for i in layers]
-    amplified = [subspace.amplification(base[i], change[i], rank) for i in layers]
-    mean = lambda name: float(np.mean([getattr(one, name) for one in amplified]))
-    return {
-        "phi_first": float(phi[0, 0]), "phi_all": float(phi[rank - 1, rank - 1]),
-        "change": mean("change"), "seen": mean("seen"), "own": mean("own"), "random": mean("random"), "amplification": mean("factor"),
-    }  # fmt: skip
+    a, b = (_by_layer(tree.get(trained_leaves(path)[1], f"{site}/lora_a")) for path in (small, large))
+    phi = np.mean([subspace.similarities(one, two) for one, two in zip(a, b, strict=True)], axis=0)
+    sizes = [[2**n for n in range(rank.bit_length())] for rank in phi.shape]
+    return {f"phi {i} {j}": float(phi[i - 1, j - 1]) for i in sizes[0] for j in sizes[1]}
+
+
+def amplification_of_adapters(run_dir: Path, site: str = "layers/attention/q") -> dict[str, float]:
+    """How much an adapter amplifies what its kernel does in the adapter's directions, and the norms behind that; mean over layers.
+
+    Source: arXiv:2106.09685 section 7.3.
+    """
+    config, leaves = trained_leaves(run_dir)
+    a, b = _by_layer(tree.get(leaves, f"{site}/lora_a")), _by_layer(tree.get(leaves, f"{site}/lora_b"), first=2)
+    changes = adapters.scale_of(config.lora, f"{site}/kernel") * np.einsum("lir,lro->lio", a, b)
+    merged = _by_layer(tree.get(pretrained.load(run_dir).params, f"{site}/kernel"), first=2).reshape(changes.shape)
+    found = [subspace.amplification(kernel - change, change, a.shape[-1]) for kernel, change in zip(merged, changes, strict=True)]
+    return {name: float(np.mean([getattr(one, name) for one in found])) for name in ("change", "seen", "own", "random", "factor")}
+
+
+def _by_layer(leaf: Any, first: int = 0) -> np.ndarray:
+    """[L inputs R] of an A [L … R], or [L R outputs] of a B [L R …] with `first` = 2, in float64."""
+    values = np.asarray(leaf, np.float64)
+    return values.reshape(*values.shape[:2], -1) if first else values.reshape(len(values), -1, values.shape[-1])
 
 
 def saved_bytes(run_dir: Path) -> Mapping[str, float]:
@@ -135,10 +142,26 @@ def held_out(
       on: the text, in place of what `config.data` holds out.
       max_batches: 0 means all.
       change: what is done to the params first.
+
+    Raises:
+      ConfigError: `config.data` is in the tokens of another model.
     """
+    data = config.data if on is None else replace(config.data, held_out=(on,))
+    if not isinstance(model, Pretrained):  # or a tokenizer that is trained on the text would be another where other text is held out
+        data = replace(data, tokenizer=tokenizer_of(path_of(model)))
     model, mesh = _loaded(model), sharding.make_mesh(ONE_DEVICE)
-    dataset = batches.load(config.data if on is None else replace(config.data, held_out=(on,)), seed=config.seed)
+    dataset = batches.load(data, seed=config.seed)
+    if dataset.tokenizer.fingerprint != model.tokenizer.fingerprint:
+        raise ConfigError("the text is in the tokens of another tokenizer than the model's; name the model's own: data.tokenizer.path")
     return pretrain.held_out(model.lm, config)(change(model.params), dataset, mesh, max_batches)
+
+
+def tokenizer_of(folder: Path) -> TokenizerConfig:
+    """The tokenizer that lies in a run directory or a converted folder."""
+    own = rundir.root_of(folder) / "tokenizer"
+    if (own / "tokenizer.bytes").exists():
+        return TokenizerConfig(kind="bytes")
+    return TokenizerConfig(kind="sentencepiece" if (own / "tokenizer.model").exists() else "huggingface", path=str(own))
 
 
 def choices(folder: str | Path, tasks: Sequence[str], limit: int = 200) -> dict[str, float]:

@@ -5,6 +5,7 @@ Sources: arXiv:2408.11796, arXiv:2407.14679; the surgery itself is jaxllm/surger
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,8 @@ def scores_of(teacher: Path, config: TrainConfig) -> Scores:
     """Importance in the teacher, on the first rows of the arm's own text; computed once for each teacher and text."""
     dataset = batches.load(config.data, seed=0)
     fingerprint = manifest.fingerprint(teacher)
-    kept = cache_home() / "scores" / f"{fingerprint}-{dataset.fingerprint[:8]}.npz"
+    rows_of = hashlib.sha256(repr((dataset.fingerprint, config.data)).encode()).hexdigest()
+    kept = cache_home() / "scores" / f"{fingerprint}-{rows_of[:8]}.npz"
     if kept.exists():
         return importance.load(kept, fingerprint)
     model = pretrained.load(teacher, precision="float32")
@@ -62,18 +64,17 @@ def pruned(teacher: Path, folder: Path, config: TrainConfig, how: How) -> str:
     return str(folder)
 
 
-def student(how: How, source: str, kd: bool = True) -> Callable[[Run], TrainConfig]:
-    """An `Arm.prepare`: weights cut out of the teacher, or fresh ones, and what they learn from.
+def student(how: How, source: str, teacher: str) -> Callable[[Run], TrainConfig]:
+    """An `Arm.prepare`: weights cut out of one model, or fresh ones, that learn from another, or from the text.
 
     Args:
-      source: an arm that is needed, or a folder.
-      kd: learn from the teacher's distributions; else from the text.
+      source, teacher: an arm that is needed, or a folder. No teacher: the text alone.
     """
 
     def prepare(run: Run) -> TrainConfig:
         assert run.config is not None
-        teacher = run.needs[source].run_dir if source in run.needs else path_of(source)
-        start = "" if how == "scratch" else pruned(teacher, run.run_dir.with_name(f"{run.run_dir.name}-start"), run.config, how)
-        return replace(run.config, init_from=start, distill=DistillConfig(teachers=((str(teacher), 1.0),)) if kd else DistillConfig())
+        folder = lambda name: run.needs[name].run_dir if name in run.needs else path_of(name)
+        start = "" if how == "scratch" else pruned(folder(source), run.run_dir.with_name(f"{run.run_dir.name}-start"), run.config, how)
+        return replace(run.config, init_from=start, distill=DistillConfig(teachers=((str(folder(teacher)), 1.0),) if teacher else ()))
 
     return prepare

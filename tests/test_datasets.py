@@ -226,7 +226,8 @@ def test_e2e_as_prompts_and_completions(tmp_path: Path, monkeypatch: pytest.Monk
     }
     assert [pair["completion"] for pair in records(folder / "dev_pairs.jsonl")] == [" " + " ".join(text.split()) for _, text in DEV]
     counts = {"train_pairs": 3, "train_tables": 2, "dev_pairs": 3, "dev_tables": 2, "shared_tables": 0}
-    assert json.loads((folder / "SOURCE.json").read_text("utf-8"))["counts"] == counts
+    found = json.loads((folder / "SOURCE.json").read_text("utf-8"))["counts"]
+    assert found.pop(table_text.UNSEEN)["train_naming_it_only"] == 1 and found == counts
     config = SourceConfig(
         kind="jsonl", path=str(datasets.path("e2e-nlg", "train.jsonl")), prompt_field="prompt", field="completion", loss_on="completion"
     )
@@ -243,17 +244,15 @@ def test_tables_in_both_parts_are_counted(tmp_path: Path):
 
 def test_a_category_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Neither its tables nor sentences that name it are in train; dev is cut in two."""
-    e2e(tmp_path, monkeypatch)
-    folder = datasets.without("food", "Chinese")
+    whole = e2e(tmp_path, monkeypatch)
+    folder = whole / table_text.UNSEEN
     assert [record["completion"] for record in records(folder / "train.jsonl")] == [" English food."]
     assert [len(records(folder / f"dev_{part}.jsonl")) for part in ("seen", "unseen", "seen_pairs", "unseen_pairs")] == [1, 1, 1, 2]
     assert {record["slots"]["food"] for record in records(folder / "dev_unseen_pairs.jsonl")} == {"Chinese"}
-    assert json.loads((folder / "SOURCE.json").read_text("utf-8"))["counts"]["train_naming_it_only"] == 1
-    assert datasets.without("food", "Chinese") == folder
     with pytest.raises(ConfigError, match=r"E2E has no slot 'foood'; did you mean 'food'\?"):
-        datasets.without("foood", "Chinese")
+        table_text.hold_out(whole, tmp_path, "foood", "Chinese")
     with pytest.raises(ConfigError, match=r"do not both have food 'chinese'; did you mean 'Chinese'\? both have: Chinese, English"):
-        datasets.without("food", "chinese")
+        table_text.hold_out(whole, tmp_path, "food", "chinese")
 
 
 @given(

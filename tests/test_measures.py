@@ -104,10 +104,11 @@ def test_a_relative_path_may_name_the_weights(base: TrainConfig, monkeypatch: py
 def test_subspaces_of_two_adapters(base: TrainConfig, lora: TrainConfig):
     wide = replace(lora, lora=LoraConfig((("layers/attention/[qv]/kernel", 4, 8.0),)), run_dir=lora.run_dir + "-wide", eval_every=0)
     train(wide)
-    found = measures.overlap_of_adapters(Path(lora.run_dir), Path(wide.run_dir))
-    assert 0 <= found["phi_first"] <= 1 and 0 <= found["phi_all"] <= 1
-    same = measures.overlap_of_adapters(Path(lora.run_dir), Path(lora.run_dir))
-    assert same["phi_all"] == pytest.approx(1.0) and found["change"] > 0 and found["own"] > found["random"]
+    found = measures.similarity_of_adapters(Path(lora.run_dir), Path(wide.run_dir))
+    assert [*found] == [f"phi {i} {j}" for i in (1, 2) for j in (1, 2, 4)] and all(0 <= value <= 1 for value in found.values())
+    assert measures.similarity_of_adapters(Path(lora.run_dir), Path(lora.run_dir))["phi 2 2"] == pytest.approx(1.0)
+    amplified = measures.amplification_of_adapters(Path(lora.run_dir))
+    assert amplified["change"] > 0 and amplified["own"] > amplified["random"]
     assert measures.saved_bytes(Path(lora.run_dir))["trained_mb"] == pytest.approx(4 * 2 * 2 * (32 * 2 + 2 * 24) / 1e6, rel=0.2)
 
 

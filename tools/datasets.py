@@ -14,7 +14,7 @@ and prompts with completions are in JSON lines:
 
     flan-cot          train.jsonl: prompt, completion (rationale, then answer), task
     e2e-nlg, dart     train.jsonl and dev_pairs.jsonl: prompt, completion, for each reference; dev.jsonl: prompt, references, for
-                      each table. `without(slot, value)` holds a category of E2E out of train. See `tools.table_text`
+                      each table. E2E's `without-chinese-food` holds a category out of train. See `tools.table_text`
 
     SourceConfig(kind="jsonl", path=str(datasets.path("e2e-nlg", "train.jsonl")), prompt_field="prompt", field="completion",
                  loss_on="completion")
@@ -112,29 +112,6 @@ def fetch(
             _write(partial / "SOURCE.json", json.dumps(_about(name, partial, made), indent=1, ensure_ascii=False) + "\n")
             for file in partial.rglob("*"):
                 sync(file)
-    return folder
-
-
-def without(slot: str, value: str) -> Path:
-    """E2E NLG with one value of a slot held out of train: a folder beside e2e-nlg, made where it is not there yet.
-
-    train.jsonl never has the value; dev_seen.jsonl has the tables of dev without it, dev_unseen.jsonl those with it, and
-    dev_seen_pairs.jsonl and dev_unseen_pairs.jsonl their references. dev has few values: food English or Chinese, for example.
-
-    Raises:
-      ConfigError: E2E NLG is not here yet; no such slot; a value that train and dev do not both have.
-    """
-    source = path("e2e-nlg")
-    folder = data_folder() / "e2e-nlg-without" / re.sub(r"\W+", "-", f"{slot} {value}")
-    if not (folder / "SOURCE.json").is_file():
-        with new_folder(folder, sum(file.stat().st_size for file in source.iterdir())) as partial:
-            counts = table_text.hold_out(source, partial, slot, value)
-            about = {
-                "name": f"e2e-nlg without {slot} {value}",
-                "of": json.loads((source / "SOURCE.json").read_text("utf-8")),
-                "counts": counts,
-            }
-            _write(partial / "SOURCE.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return folder
 
 

@@ -57,6 +57,8 @@ _QUOTES = [
 ]
 # A tokenised dash is one inside a compound, unless a clause begins after it: with one of these, or with a name.
 _CLAUSE = "a an and at but even for from has if in is it just located no not or so that the their there they this try we with you"
+UNSEEN = "without-chinese-food"
+"""A folder beside them, in which train never has the value; dev has few values of a slot that train has too."""
 _COMPOUND = "Friendly Star Oriented American Day Food Priced Rated"
 _REPAIRS = [
     (re.compile(rf"(?<=\w) - (?!(?:{'|'.join(_CLAUSE.split())})\b)(?=[a-z\d]|(?:{'|'.join(_COMPOUND.split())})\b)"), "-"),
@@ -98,7 +100,7 @@ def detokenise(texts: Sequence[str]) -> list[str]:
 
 
 def build_e2e(files: list[Path], to: Path) -> dict[str, Any]:
-    """train.jsonl and dev_pairs.jsonl: {prompt, completion, slots} for each reference; dev.jsonl: {prompt, references, slots}.
+    """train.jsonl and dev_pairs.jsonl: {prompt, completion, slots} for each reference; dev.jsonl: {prompt, references, slots}; `UNSEEN`.
 
     Args:
       files: train (word-tokenised) and dev, CSV with the columns mr and ref.
@@ -110,11 +112,13 @@ def build_e2e(files: list[Path], to: Path) -> dict[str, Any]:
     counts = _write_dev(to, [(linearise(slots), text, {"slots": slots}) for slots, text in dev])
     tables = {frozenset(slots.items()) for slots, _ in train}
     shared = tables & {frozenset(slots.items()) for slots, _ in dev}
-    return {"train_pairs": len(train), "train_tables": len(tables), **counts, "shared_tables": len(shared)}
+    (to / UNSEEN).mkdir()
+    unseen = hold_out(to, to / UNSEEN, "food", "Chinese")
+    return {"train_pairs": len(train), "train_tables": len(tables), **counts, "shared_tables": len(shared), UNSEEN: unseen}
 
 
 def hold_out(source: Path, to: Path, slot: str, value: str) -> dict[str, int]:
-    """Write E2E NLG without a value of a slot in train, dev cut in two by it: see `tools.datasets.without`.
+    """Write E2E NLG without a value of a slot in train: train.jsonl; dev cut in two by it, as tables and as pairs.
 
     Out of train go the tables with that value, and the references that name it (a writer may say what the table does not).
 

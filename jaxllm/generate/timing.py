@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -64,13 +64,30 @@ def decoding_step(config: ModelConfig, batch: int, length: int, precision: Preci
     return Step(run, tree.num_bytes(weights), resize.cache_bytes(config, batch, length, jnp.dtype(activation).itemsize))
 
 
-def step_seconds(config: ModelConfig, batch: int, length: int, precision: Precision, rounds: int = 9) -> float:
-    """Median seconds of a step of `batch` rows with `length` slots of cache, as `jaxllm generate` runs it here."""
-    step = decoding_step(config, batch, length, precision, listed=jax.default_backend() == "cpu")
-    step.run()
-    laps = []
-    for _ in range(rounds):
-        start = time.perf_counter()
+class Timed(NamedTuple):
+    """Medians over rounds."""
+
+    seconds: float
+    """Of a step."""
+    share: float
+    """Of the first model's step in the same round."""
+
+
+def in_turn(configs: Sequence[ModelConfig], batch: int, length: int, precision: Precision, rounds: int = 9) -> list[Timed]:
+    """A step of each model with `batch` rows and `length` slots of cache, as `jaxllm generate` runs it here, one after the other.
+
+    What else a machine does falls on all of them alike, so that shares say more than seconds.
+    """
+    steps = [decoding_step(config, batch, length, precision, listed=jax.default_backend() == "cpu") for config in configs]
+    laps: list[list[float]] = []
+    for step in steps:
         step.run()
-        laps.append(time.perf_counter() - start)
-    return statistics.median(laps)
+    for _ in range(rounds):
+        laps.append([])
+        for step in steps:
+            start = time.perf_counter()
+            step.run()
+            laps[-1].append(time.perf_counter() - start)
+    return [
+        Timed(statistics.median(lap[i] for lap in laps), statistics.median(lap[i] / lap[0] for lap in laps)) for i in range(len(configs))
+    ]

@@ -87,7 +87,7 @@ def section(study: Study, rows: list[Row], captions: Mapping[str, str]) -> str:
     if study.orderings:
         parts += ["### Orderings", table.orderings(study, rows)]
         parts += [
-            "The difference is paired over the seeds that both arms have. It holds where it is beyond two standard errors. "
+            "The difference is paired over the seeds that both arms have. It holds where its 95 % interval (Student's) lies above 0. "
             f"Arms that trained on fewer than {table.MIN_TOKENS:,} tokens, or with one seed, claim nothing."
         ]
     if study.paper:

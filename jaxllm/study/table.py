@@ -105,9 +105,9 @@ class Verdict:
 
 
 def judge(study: Study, ordering: Ordering, found: Mapping[str, Outcome]) -> Verdict:
-    """Whether an ordering holds: the mean of right - left over common seeds, against twice its standard error.
+    """Whether an ordering holds: the mean of right - left over common seeds, against its 95 % interval by Student's distribution.
 
-    '<' holds where the mean is above that, '<=' where it is not below minus that.
+    '<' holds where the interval lies above 0, '<=' where it does not lie below. With three seeds it is ±4.3 standard errors.
     """
     left, right = (found[name].values(ordering.metric) for name in (ordering.left, ordering.right))
     if found[ordering.left].arm.is_constant and left:
@@ -123,9 +123,12 @@ def judge(study: Study, ordering: Ordering, found: Mapping[str, Outcome]) -> Ver
         return Verdict(difference, f"no claim: an arm saw {fewest:,.0f} tokens, fewer than {MIN_TOKENS:,}")
     if difference.error is None:
         return Verdict(difference, "one seed, no claim")
-    if difference.mean > 2 * difference.error:
+    from scipy.special import stdtrit  # a second, for which --help would wait
+
+    reach = float(stdtrit(len(common) - 1, 0.975)) * difference.error
+    if difference.mean > reach:
         return Verdict(difference, "holds")
-    if difference.mean < -2 * difference.error:
+    if difference.mean < -reach:
         return Verdict(difference, "does not hold")
     return Verdict(difference, "within noise" if ordering.relation == "<" else "holds, within noise")
 
@@ -141,6 +144,8 @@ def table(study: Study, rows: Sequence[Row]) -> str:
     headings = ["arm", *(f"{c.heading or c.metric}{arrows[c.better]}" for c in study.columns)]
     headings += ["seeds", "learning rate", "trained", "tokens", "seconds"]
     lines = [_line(headings), "|---" + "|--:" * (len(headings) - 1) + "|"]
+    if study.ranked:
+        found.sort(key=lambda outcome: min(outcome.values(study.criterion).values(), default=math.inf))
     for outcome in found:
         cells = [_cell(column, outcome, best[column.metric]) for column in study.columns]
         lines.append(_line([outcome.arm.name, *cells, *_run_cells(study, outcome, rows)]))

@@ -172,6 +172,8 @@ class Study:
     paper: str = ""
     """The paper's own table, as Markdown."""
     figures: tuple[Figure, ...] = ()
+    ranked: bool = False
+    """The table's lines go by `criterion`, the best first."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
