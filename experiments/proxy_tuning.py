@@ -150,10 +150,21 @@ def arms_of(
             Arm(proxy(alpha), seeds=of_alpha, needs=(*needs, BASE, TUNED, ANTI, EXPERT), measure=partial(steered, tuning, alpha))
             for alpha, of_alpha in alphas.items()
         ),
+        Arm(HALF, seeds=(0,), measure=half),
     )  # fmt: skip
 
 
+HALF = "half of the gap"
+
+
+def half(run: Run) -> Mapping[str, float]:
+    """What the gap closed is compared with."""
+    del run
+    return {f"gap_{name}": 0.5 for name in SCORES}
+
+
 ORDERINGS = (
+    Ordering(HALF, "<", proxy(1), "gap_loss", text="steering closes more than half of the gap"),
     Ordering(proxy(1), "<", BASE, text="steered, the base is better than it was"),
     Ordering(proxy(1), "<", EXPERT, text="the steered base is better than the expert that steers it"),
     Ordering(TUNED, "<=", proxy(1), text="tuning the base itself is at least as good"),

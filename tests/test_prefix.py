@@ -241,8 +241,8 @@ def test_an_infix_decodes_as_it_trains():
 
 def test_what_cannot_work_is_refused():
     learned = replace(MODEL, position="learned", max_length=16)
-    with pytest.raises(ConfigError, match=r"prefix of 16 and 1 tokens do not fit .* 16 learned positions"):
-        prefix.with_prefix(decoder(learned), PrefixConfig(16))
+    with pytest.raises(ConfigError, match="prefix of 40 leaves no room in the model's context of 16 tokens"):
+        prefix.with_prefix(decoder(replace(MODEL, max_length=16)), PrefixConfig(40))
     lm = prefix.with_prefix(decoder(learned), PrefixConfig(5))
     with pytest.raises(ConfigError, match="prefix of 5 and 12 tokens"):
         lm.apply(lm.init(jax.random.key(0)), TOKENS)

@@ -128,6 +128,9 @@ def test_checkpoint_to_checkpoint_to_hugging_face(tmp_path: Path, text: Any, cap
     ran(tmp_path / "before", tmp_path / "again", "--target-params", "7.2K", "--scores", tmp_path / "after.scores.npz")
     assert "mean over tokens, l2 over rows" in (said := capsys.readouterr().out) and "taking 3 layers, width 8, 4 heads in 2 groups" in said
     assert 6840 <= tree.count(read(tmp_path / "again")) <= 7560
+    again = (tmp_path / "before", tmp_path / "other", "--width", 8, "--scores", tmp_path / "after.scores.npz")
+    assert "asked for is mean over tokens, var over rows" in refused(capsys, *again, "--over-rows", "var")
+    assert "asked for is text " in refused(capsys, *again, *text[:-1], 128)
     assert convert.main(["to-hf", str(tmp_path / "after"), str(tmp_path / "hf")]) == 0
     values = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert [values[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")] == [8, 16, 2, 4]

@@ -12,6 +12,7 @@ OUT is a folder as every conversion writes it; `python -m tools.convert to-hf OU
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -211,6 +212,9 @@ def find_scores(folder: Path, target: Path, config: ModelConfig, options: Option
     if path.exists():
         scores = importance.load(path, fingerprint)
         importance.check(scores, config)
+        for asked in (importance.described(options.over_tokens, options.over_rows, options.neurons), _text_name(options)):
+            if asked not in scores.how:
+                raise ConfigError(f"{path} holds scores by {scores.how}, and asked for is {asked}: give the same, or another --scores")
         print(f"scores: {path} ({scores.how}; {scores.num_tokens:,} tokens)", flush=True)
         return scores
     model, batches = opened(folder, options)
@@ -218,10 +222,19 @@ def find_scores(folder: Path, target: Path, config: ModelConfig, options: Option
         model.lm, model.params, batches, over_tokens=options.over_tokens, over_rows=options.over_rows, neurons=options.neurons,
         fingerprint=fingerprint,
     )  # fmt: skip
+    scores = scores._replace(how=f"{scores.how}, {_text_name(options)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     importance.save(path, scores)
     print(f"scores: measured on {scores.num_tokens:,} tokens of {options.text}, kept in {path}", flush=True)
     return scores
+
+
+def _text_name(options: Options) -> str:
+    """The calibration text and how much of it is read, in few letters; empty where none is given."""
+    if not options.text:
+        return ""
+    amounts = f" {options.text_tokens} {options.row_tokens}".encode()
+    return f"text {hashlib.sha256(Path(options.text).expanduser().read_bytes() + amounts).hexdigest()[:8]}"
 
 
 def opened(folder: Path, options: Options) -> tuple[pretrained.Pretrained, list[Batch]]:

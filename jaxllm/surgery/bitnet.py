@@ -198,7 +198,7 @@ def dot(config: BitnetConfig, inner: Dot) -> Dot:
 
     Args:
       inner: a plain einsum, which is given integers in float32 in place of x and of the kernel. Branches that adapters add go
-        outside: `lora.dot(…, bitnet.dot(config, dot_in(…)))`.
+        outside: `adapters.lora_dot(…, bitnet.dot(config, dot_in(…)), …)`.
 
     Leaves beside `kernel` that matter: `weight_scale` [J] (from `reparam`, or stored beside int8 kernels; without it the kernel
     is not quantised), `quantise` (λ), and `scale`, a norm's own scale, where a model has one.

@@ -123,7 +123,7 @@ def measure(
     return Scores(
         done["heads"], done["neurons"], done["channels"].sum(0), total["influence"] / num_tokens,
         total["energy"] / (num_tokens * config.width), total["final_energy"] / (num_tokens * config.width),
-        config, num_tokens, f"{over_tokens} over tokens, {over_rows} over rows, neurons: {neurons}", fingerprint,
+        config, num_tokens, described(over_tokens, over_rows, neurons), fingerprint,
     )  # fmt: skip
 
 
@@ -148,6 +148,11 @@ def _statistics(
         "final_energy": _over_real(jnp.square(_unit(config, stream[-1:])), real)[0],
     }
     return {name: aggregate(x, real, over_tokens) for name, x in activations.items()}, sums, real.sum(1)
+
+
+def described(over_tokens: Agg, over_rows: Agg, neurons: Neurons) -> str:
+    """How scores were aggregated, in words."""
+    return f"{over_tokens} over tokens, {over_rows} over rows, neurons: {neurons}"
 
 
 def random(config: ModelConfig, seed: int) -> Scores:

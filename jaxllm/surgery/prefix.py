@@ -189,6 +189,8 @@ def _after(inputs: Array, positions: Int[Array, "B T"], separator: int | None) -
 
 
 def _check_room(model: ModelConfig, config: PrefixConfig, num_tokens: int) -> None:
+    if config.length >= model.max_length:
+        raise ConfigError(f"a prefix of {config.length} leaves no room in the model's context of {model.max_length} tokens; shorten it")
     if model.position == "learned" and config.shift_positions and config.length + num_tokens > model.max_length:
         raise ConfigError(
             f"a prefix of {config.length} and {num_tokens} tokens do not fit in the model's {model.max_length} learned positions; "
