@@ -28,7 +28,7 @@ Results: docs/results/fusellm.md, written by the command itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ def texts(setting: Setting) -> Path:
     """The folder of mix/DOMAIN.jsonl and held/DOMAIN.jsonl, made once: pieces of documents that the domain's model has not seen."""
     from jaxllm.data import batch as batches
     from jaxllm.data import cache as caching
+    from jaxllm.data.pieces import take
 
     def write(to: Path) -> None:
         for name, config in setting.domains:
@@ -95,28 +96,6 @@ def texts(setting: Setting) -> Path:
 
     key = caching.key("texts 1", [[name, repr(config.data)] for name, config in setting.domains], setting.mix_bytes, setting.held_bytes)
     return caching.folder(path_of(f"cache://data/{setting.name}-{key[:8]}"), write)
-
-
-def take(documents: Sequence[str], num_bytes: int) -> list[str]:
-    """Their first pieces, until there are so many bytes."""
-    found: list[str] = []
-    for text in documents:
-        for piece in cut(text):
-            if num_bytes <= 0:
-                return found
-            found.append(piece)
-            num_bytes -= len(piece.encode())
-    return found
-
-
-def cut(text: str, size: int = 600) -> Iterator[str]:
-    """Pieces of about `size` characters, after a line where there is one in the second half, else after a space."""
-    while len(text) > size:
-        end = next((at + 1 for mark in "\n " if (at := text.rfind(mark, size // 2, size)) > 0), size)
-        yield text[:end]
-        text = text[end:]
-    if text.strip():
-        yield text
 
 
 def data_of(setting: Setting, tokenizer: TokenizerConfig, only: str = "") -> DataConfig:
@@ -194,30 +173,24 @@ def fused(setting: Setting, names: Sequence[str], fusion: FuseConfig, run: Run) 
 # -------------------------------------------------------------------------------------------- measures
 
 
-def by_domain(setting: Setting, model: Any, config: TrainConfig, *, whole: bool = True) -> dict[str, float]:
-    """Bits per byte of a model for each domain.
+def by_domain(setting: Setting, models: Sequence[Any], config: TrainConfig) -> dict[str, float]:
+    """Loss and bits per byte of all domains together, and bits per byte of each, by the mean probability of some loaded models.
 
     Args:
-      model: as `pretrained.load` gives it.
-      config: with the text in the model's tokens.
-      whole: also loss and bits per byte of all domains together, which the loop has of what it trains.
+      config: with the text in the models' tokens.
     """
-    from jaxllm import sharding
-    from jaxllm.data import batch as batches
-    from jaxllm.pretrained import ONE_DEVICE
+    from jaxllm import measures
 
-    mesh, evaluate = sharding.make_mesh(ONE_DEVICE), pretrain.held_out(model.lm, config)
-    score = lambda held: evaluate(model.params, batches.load(replace(config.data, held_out=held), seed=0), mesh)
-    found = {name: score((one,))["bits_per_byte"] for (name, _), one in zip(setting.domains, config.data.held_out, strict=True)}
-    together = score(config.data.held_out) if whole else {}
-    return {name: together[name] for name in ("loss", "bits_per_byte") if whole} | {f"bpb_{name}": bits for name, bits in found.items()}
+    score = lambda held: measures.together(models, replace(config, data=replace(config.data, held_out=held)))
+    each = {name: score((one,))["bits_per_byte"] for (name, _), one in zip(setting.domains, config.data.held_out, strict=True)}
+    return score(config.data.held_out) | {f"bpb_{name}": bits for name, bits in each.items()}
 
 
 def untouched(setting: Setting, name: str, run: Run) -> Mapping[str, float]:
     """An `Arm.measure` of a source as it is."""
     from jaxllm import pretrained
 
-    found = by_domain(setting, pretrained.load(model_of(setting, name, run)), under(setting, name, run))
+    found = by_domain(setting, [pretrained.load(model_of(setting, name, run))], under(setting, name, run))
     if name != setting.target:
         found.pop("loss")  # of other tokens
     return found
@@ -228,7 +201,7 @@ def trained(setting: Setting, run: Run) -> Mapping[str, float]:
     from jaxllm import pretrained
 
     assert run.config is not None
-    found = by_domain(setting, pretrained.load(run.run_dir), run.config, whole=False)
+    found = by_domain(setting, [pretrained.load(run.run_dir)], run.config)
     for folder, _ in run.config.distill.stored:
         found |= {f"won_{name}": one["share"] for name, one in said_of(setting, folder).items()}
     return found
@@ -269,7 +242,7 @@ def merged(setting: Setting, how: str, run: Run) -> Mapping[str, float]:
     else:
         rng = np.random.default_rng(run.seed)
         params = merging.linear([start, *(merging.dare(start, one, 0.9, rng) for one in tuned)])
-    return by_domain(setting, replace(base_model, params=params), under(setting, setting.target, run))
+    return by_domain(setting, [replace(base_model, params=params)], under(setting, setting.target, run))
 
 
 def experts(setting: Setting, run: Run) -> list[Any]:
@@ -285,26 +258,7 @@ def experts(setting: Setting, run: Run) -> list[Any]:
 
 def ensemble(setting: Setting, run: Run) -> Mapping[str, float]:
     """An `Arm.measure`: the mean of the next-token probabilities of the models that are merged elsewhere."""
-    import jax
-    import numpy as np
-
-    from jaxllm.data import batch as batches
-    from jaxllm.teach import best_of
-
-    models, config = experts(setting, run), under(setting, setting.target, run)
-    label = jax.jit(lambda params, batch: best_of(models[0].lm, 1)(params, batch)[3])
-
-    def score(held: tuple[SourceConfig, ...]) -> dict[str, float]:
-        dataset, nats, num_tokens = batches.load(replace(config.data, held_out=held), seed=0), 0.0, 0.0
-        for batch in dataset.held_out(config.data.batch_size):
-            logp = np.stack([np.asarray(label(one.params, batch), np.float64) for one in models])
-            nats -= float(((np.logaddexp.reduce(logp) - np.log(len(models))) * batch.loss_mask).sum())
-            num_tokens += float(np.sum(batch.loss_mask))
-        num_bytes = sum(window.num_bytes for window in dataset.held_out_windows)
-        return {"loss": nats / num_tokens, "bits_per_byte": nats / np.log(2) / num_bytes}
-
-    each = {name: score((one,))["bits_per_byte"] for (name, _), one in zip(setting.domains, config.data.held_out, strict=True)}
-    return {**score(config.data.held_out), **{f"bpb_{name}": bits for name, bits in each.items()}}
+    return by_domain(setting, experts(setting, run), under(setting, setting.target, run))
 
 
 # ------------------------------------------------------------------------------------------------ arms

@@ -3,7 +3,7 @@
 GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints, arXiv:2305.13245.
 
     W'[k] = (1/r) sum over i < r of W[k r + i]          for keys and values: mean pooling; or the first of them, or fresh ones
-    loss  = mean of -log p(x[t+1] | x[<=t])   + kl * KL(p_before || p),   before = the model before its heads were pooled
+    loss  = mean of -log p(x[t+1] | x[<=t])   + kl * KL(p_before || p),   before = the model before its heads were pooled, kl from 1 to 0
 
 What differs here. The paper has T5 Large and XXL with 1M steps of pre-training; `small` has configs/base.py's 5.9 M parameters with 1,200
 steps, `real` SmolLM2-135M, whose original steps are too many to name a share of (its arms name tokens). A decoder alone, so there is no
@@ -176,8 +176,8 @@ def over_share(rows: Sequence[Row]) -> str:
 
 
 def with_kl(config: TrainConfig) -> TrainConfig:
-    """Next-token loss, and the divergence from the model before surgery."""
-    return replace(config, distill=DistillConfig(teachers=((config.init_from, 1.0),), ce=1.0))
+    """Next-token loss, and the divergence from the model before surgery, whose weight falls from 1 to 0."""
+    return replace(config, distill=DistillConfig(teachers=((config.init_from, 1.0),), ce=1.0, weight_end=0.0))
 
 
 COST = (

@@ -124,7 +124,7 @@ def experiment(base: Experiment, precision: Precision, teachers: Sequence[Teache
         load_data=partial(_load_data, base.load_data, tuple(found), stored),
         extras={**base.extras, **_extras(stored, stored_k)},
         rollout=on_policy(base.lm, config, ends) if distill.on_policy else base.rollout,
-        teacher_flops_per_token=base.teacher_flops_per_token + work,
+        other_flops_per_token=base.other_flops_per_token + work,
     )
 
 
@@ -224,18 +224,21 @@ def divergence(distill: DistillConfig, name: str, shared: int | None) -> TokenLo
 def text_weight(config: TrainConfig) -> Coefficient:
     """`distill.ce`, or the line from there to `ce_end` over the run."""
     first, last = config.distill.ce, config.distill.ce_end
-    if last is None:
-        return first
-    return lambda step: first + (last - first) * jnp.minimum(step / config.num_steps, 1.0)
+    return first if last is None else lambda step: _line(first, last, step, config)
 
 
 def teacher_weight(config: TrainConfig, weight: float) -> Coefficient:
-    """A teacher's weight, scaled as 1 - ce is where that changes over the run."""
-    if config.distill.ce_end is None:
-        return weight
-    text = text_weight(config)
-    assert callable(text)
-    return lambda step: weight * (1.0 - text(step)) / (1.0 - config.distill.ce)
+    """A teacher's weight: on the line to `weight_end` of it over the run, or scaled as 1 - ce is where that changes."""
+    distill, last = config.distill, config.distill.weight_end
+    if last is None:
+        if distill.ce_end is None:
+            return weight
+        last = (1.0 - distill.ce_end) / (1.0 - distill.ce)
+    return lambda step: weight * _line(1.0, last, step, config)
+
+
+def _line(first: float, last: float, step: Array, config: TrainConfig) -> Array:
+    return first + (last - first) * jnp.minimum(step / config.num_steps, 1.0)
 
 
 # ------------------------------------------------------------------------------------- hidden states

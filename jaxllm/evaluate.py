@@ -32,6 +32,7 @@ from jaxllm.evals.choice import Metric
 from jaxllm.evals.display import Bar, plain, table
 from jaxllm.evals.likelihood import Score
 from jaxllm.evals.records import tolerate
+from jaxllm.files import is_remote, path_of
 from jaxllm.flags import parse_flags
 from jaxllm.generate.limits import check_cache, check_memory
 from jaxllm.generate.lock import hold
@@ -72,7 +73,7 @@ class EvalConfig(tasks.Options, ProxyFlags):
     include_path: str = ""
     """A folder of further task files for --harness."""
     out: str = ""
-    """Where results go, a .json file. Empty: evals/<hash of the checkpoint>.json in the run directory."""
+    """Where results go, a local .json file. Empty: evals/<hash of the checkpoint>.json in the run directory, or here if that is remote."""
     temperature: float = 0.0
     """Of sampling; 0 takes the most probable token."""
     top_p: float = 1.0
@@ -147,9 +148,7 @@ def evaluate(checkpoint: str, config: EvalConfig, *, bar: TextIO | None = None) 
     if own.position == "learned" and config.max_length > own.max_length:
         raise ConfigError(f"--max_length is {config.max_length}, and this model's learned positions end at {own.max_length}; lower it")
     identity = manifest.fingerprint(checkpoint)
-    out = Path(config.out).expanduser() if config.out else rundir.root_of(Path(checkpoint).expanduser()) / "evals" / f"{identity}.json"
-    if out.suffix != ".json":
-        raise ConfigError(f"--out {out} is not a .json file")
+    out = _results_file(checkpoint, identity, config.out)
     mesh = sharding.make_mesh(config.mesh)
     with hold(out), jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         _refuse_foreign(out)
@@ -274,7 +273,7 @@ def _split(words: Sequence[str]) -> list[str]:
     for word in words:
         rest = word.split(",")
         while rest:
-            longest = (n for n in range(len(rest), 1, -1) if Path(tasks.split(",".join(rest[:n]))[1]).expanduser().is_file())
+            longest = (n for n in range(len(rest), 1, -1) if path_of(tasks.split(",".join(rest[:n]))[1]).expanduser().is_file())
             num = next(longest, 1)
             out.append(",".join(rest[:num]))
             rest = rest[num:]
@@ -354,6 +353,17 @@ class Answers:
         self._file.flush()
         self.done.update(fresh)
         return len(fresh)
+
+
+def _results_file(checkpoint: str, identity: str, out: str) -> Path:
+    """Where the results of a checkpoint go; answers are appended beside them one by one, which no object store can."""
+    if is_remote(out):
+        raise ConfigError(f"--out {out} is in an object store, where nothing can be appended; name a local file")
+    root = Path() if is_remote(checkpoint) else rundir.root_of(path_of(checkpoint).expanduser())
+    path = path_of(out).expanduser() if out else root / "evals" / f"{identity}.json"
+    if path.suffix != ".json":
+        raise ConfigError(f"--out {path} is not a .json file")
+    return path
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -162,37 +162,61 @@ def roll_call(place: Place, seconds: float) -> None:
 
 def _call(place: Place, port: int, deadline: float, seconds: float) -> str:
     """Process 0: collect the others, and tell them the verdict ('' when all are there)."""
-    there: dict[int, str] = {}
-    connections: list[socket.socket] = []
+    there: dict[int, tuple[str, socket.socket]] = {}
     verdict = ""
     with _listen(port) as server, contextlib.ExitStack() as open_connections:
-        while len(there) < place.num_processes - 1 and not verdict:
+        while not verdict:
+            if len(there) == place.num_processes - 1:
+                there = _alive(there)
+                if len(there) == place.num_processes - 1:
+                    break
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 connection, _ = server.accept()
                 open_connections.enter_context(connection)
                 connection.settimeout(5.0)
-                word, number, name = connection.makefile("r").readline().split()
+                word, text, name = connection.makefile("r").readline().split()
+                number = int(text)
                 if word != _HELLO:
                     continue  # something else than one of us
             except TimeoutError:
                 if time.monotonic() < deadline:
                     continue  # a connection that said nothing
+                there = _alive(there)
                 missing = sorted({*range(1, place.num_processes)} - set(there))
-                came = ", ".join(["0", *(f"{number} ({name})" for number, name in sorted(there.items())[:8])])
+                came = ", ".join(["0", *(f"{number} ({name})" for number, (name, _) in sorted(there.items())[:8])])
                 verdict = f"{_processes(missing)} of {place.num_processes} did not come up within {seconds:g} s; {came} did"
             except (OSError, ValueError):
                 continue
             else:
-                if int(number) in there:
-                    hosts = f"{there[int(number)]} and {name}"
+                if number in there and _alive({number: there[number]}):  # else it was started anew
+                    hosts = f"{there[number][0]} and {name}"
                     verdict = f"twice process {number} is there twice, on {hosts}; number them from 0 to {place.num_processes - 1}"
-                there[int(number)] = name
-                connections.append(connection)
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.sendall(f"{verdict}\n".encode())
+                    _tell(connection, verdict)
+                else:
+                    there[number] = name, connection
+        for _, connection in there.values():
+            _tell(connection, verdict)
     return verdict
+
+
+def _tell(connection: socket.socket, verdict: str) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(f"{verdict}\n".encode())
+
+
+def _alive(there: Mapping[int, tuple[str, socket.socket]]) -> dict[int, tuple[str, socket.socket]]:
+    """Those that have not hung up: they wait and say nothing, so that there is nothing to read."""
+    alive = {}
+    for number, (name, connection) in there.items():
+        connection.setblocking(False)
+        with contextlib.suppress(OSError):
+            try:
+                connection.recv(1, socket.MSG_PEEK)
+            except BlockingIOError:
+                alive[number] = name, connection
+        connection.settimeout(5.0)
+    return alive
 
 
 def _listen(port: int) -> socket.socket:

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,9 @@ from jaxllm.profiler import Profiler
 from jaxllm.step import BASE, Experiment, Frozen, TrainState, frozen_base, program, student_params
 
 type Say = Callable[[str], None]
+
+REWINDS = "rewinds.json"
+"""In the run directory: what was skipped, and the steps that were restarted from. A checkpoint does not know of later rewinds."""
 
 
 class TrainingFailed(RuntimeError):
@@ -127,6 +130,8 @@ class Session:
         self.state: TrainState
         self.frozen: Frozen = {}
         self.position = Position()
+        self.restarts: list[int] = []
+        """The step of each rewind so far."""
         self.done_steps = 0
         self.tokens_seen = 0.0
         self.recent_losses: deque[float] = deque(maxlen=config.spike.window)
@@ -145,19 +150,17 @@ class Session:
         self.num_params = tree.count(shapes)
         self.peak, source = self._peak(precision)
         model = config.model
-        frozen, others = tree.count(optim.split(config.optim, shapes)[1]), self.experiment.teacher_flops_per_token
-        self.flops_per_token = others + flops.model_flops_per_token(model, self.num_params, config.data.sequence_length, num_frozen=frozen)
-        block = self.flops_per_token - 6 * model.vocab_size * model.width * (1 if model.tied_embeddings else 2)
-        scores = 4 * model.num_layers * model.num_heads * model.head_size * config.data.sequence_length
-        recomputed = {"none": 0.0, "minimal": scores / 2, "dots": scores, "full": block / 3}[config.remat]
-        self.executed_flops_per_token = self.flops_per_token + recomputed
+        frozen, others = tree.count(optim.split(config.optim, shapes)[1]), self.experiment.other_flops_per_token
+        self.per_token = flops.of_token(
+            model, self.num_params, config.data.sequence_length, num_frozen=frozen, others=others, remat=config.remat
+        )
         mesh_text = " × ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)
         plan = self._batch_plan()
         for line in (
             f"{self.num_params:,} parameters on {mesh_text}; {plan[0]}",
             *plan[1:],
             optim.describe(config.optim, shapes, num_steps=config.num_steps),
-            f"peak {self.peak / 1e9:,.0f} GFLOP/s ({source}); {self.flops_per_token / 1e6:,.1f} MFLOP per token "
+            f"peak {self.peak / 1e9:,.0f} GFLOP/s ({source}); {self.per_token.model / 1e6:,.1f} MFLOP per token "
             f"= 6 × {self.num_params:,}{f' - 2 × {frozen:,} frozen' if frozen else ''} + 12 × L {model.num_layers} "
             f"× N·H {model.num_heads * model.head_size} × T {config.data.sequence_length}, attention counted as T × T"
             + (f", + {others / 1e6:,.1f} of other models" if others else ""),
@@ -232,8 +235,12 @@ class Session:
             self.writer.cut_back(0)
             if jax.process_index() == 0:
                 metrics.cut_lines(self.run_dir / "samples.jsonl", 0)
+                (self.run_dir / REWINDS).unlink(missing_ok=True)
             return
-        self._take(restored)
+        rewinds = rundir.read_json(self.run_dir / REWINDS)
+        if rewinds.get("config") == configs.config_hash(self.config):  # with another one, a checkpoint may fare better
+            self.restarts = rewinds["restarts"]
+        self._take(restored, rewinds.get("skipped", ()))
         self.say(f"resuming from step {self.done_steps:,} in {self.run_dir}")
         planned = restored.meta["config"]["num_steps"]
         if planned != self.config.num_steps:
@@ -245,10 +252,13 @@ class Session:
                 )
         self.writer.event(self.done_steps, "resume", f"resumed from the checkpoint of step {self.done_steps}")
 
-    def _take(self, restored: Any) -> None:
+    def _take(self, restored: Any, skipped: Iterable[Sequence[int]]) -> None:
+        """Take up a checkpoint. `skipped`: what rewinds have skipped, which it may be older than; all of it comes after."""
         meta = restored.meta
         self.state, self.done_steps = restored.state, restored.step
         self.position = Position.from_json(meta["position"])
+        for first, last in skipped:
+            self.position = self.position.skip(first, last)
         self.tokens_seen = meta["tokens_seen"]
         self.laps = metrics.Laps(meta["train_seconds"])
         self.recent_losses = deque(meta["recent_losses"], maxlen=self.config.spike.window)
@@ -344,12 +354,12 @@ class Session:
     def _settle(self, flight: InFlight) -> tuple[int, InFlight | None]:
         """Read one step's numbers: log them, and say whether to stop (a signal's exit code) or rewind (the step)."""
         values = {name: float(value) for name, value in jax.device_get(flight.metrics).items()}
-        stop, step, loss = int(flight.stop), flight.step, values["loss"]
+        stop, step, loss, tokens = int(flight.stop), flight.step, values["loss"], values.pop("tokens")
         if spike.is_spike(self.config.spike, self.recent_losses, loss):
             return stop, flight
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
-            self.writer.write(step, values)
+            self.writer.write(step, values | {"tokens": self.tokens_seen + tokens})
             saved = self.checkpoints.saved_steps()
             raise TrainingFailed(
                 f"{' and '.join(bad)} not finite at step {step} (batch id {flight.item.batch_id}); the last good checkpoint is "
@@ -357,7 +367,6 @@ class Session:
                 "--spike.enabled True"
             )
         self.recent_losses.append(loss)
-        tokens = values.pop("tokens")
         self.tokens_seen += tokens
         self.laps.add(tokens, flight.data_seconds)
         if step % self.config.log_every == 0 or step == self.config.num_steps or step == 1:
@@ -368,8 +377,8 @@ class Session:
         rates = self.laps.end()
         speed = rates["tokens_per_second"]
         rates |= {
-            "mfu": flops.utilisation(speed * self.flops_per_token, 1.0, self.peak),
-            "hfu": flops.utilisation(speed * self.executed_flops_per_token, 1.0, self.peak),
+            "mfu": flops.utilisation(speed * self.per_token.model, 1.0, self.peak),
+            "hfu": flops.utilisation(speed * self.per_token.executed, 1.0, self.peak),
             "memory_bytes": memory_bytes(),
         }
         eta = (self.config.num_steps - step) * rates["step_seconds"]
@@ -400,7 +409,10 @@ class Session:
         self.checkpoints.wait()
 
     def _rewind(self, spiked: InFlight) -> None:
-        """Back to a checkpoint before the spike, with the batches around it on the skip list."""
+        """Back to a checkpoint before the spike, with the batches around it on the skip list.
+
+        A kill before the list is on disk is followed by the same steps, the same spike and the same rewind.
+        """
         self._flush()
         config, saved = self.config.spike, self.checkpoints.saved_steps()
         step = spike.restart_step(config, saved, spiked.step)
@@ -409,12 +421,22 @@ class Session:
                 f"the loss spiked at step {spiked.step} (batch id {spiked.item.batch_id}), and no checkpoint before it "
                 "can be rewound to; save earlier with --save_every"
             )
+        if self.restarts.count(step) >= spike.MAX_RESTARTS:
+            raise TrainingFailed(
+                f"the loss spiked again at step {spiked.step} (batch id {spiked.item.batch_id}), after {spike.MAX_RESTARTS} rewinds to the "
+                f"checkpoint of step {step}, each of which skipped more batches: it is not they. Lower --optim.lr or raise "
+                "--spike.threshold, with --on_config_change accept"
+            )
         restored = self.checkpoints.restore(self.template, step=step, say=self.say)
         assert restored is not None
         self.checkpoints.delete_after(step)
-        self._take(restored)
+        self._take(restored, self.position.skipped)
         first, last = spike.skip_range(config, self.position.batch_id, spiked.item.batch_id)
         self.position = self.position.skip(first, last)
+        self.restarts.append(step)
+        if jax.process_index() == 0:
+            rewinds = {"config": configs.config_hash(self.config), "restarts": self.restarts, "skipped": self.position.skipped}
+            rundir.write_json(self.run_dir / REWINDS, rewinds)
         message = f"the loss spiked at step {spiked.step}: back to step {step}, skipping batches {first}–{last - 1}"
         self.say(message)
         self.writer.event(step, "spike", message)
@@ -422,14 +444,16 @@ class Session:
     def _evaluate(self) -> dict[str, Any]:
         if self.experiment.evaluate is None:
             return {}
-        if not self.dataset.held_out_windows:
-            self.say("note: there is no held-out text, so nothing is evaluated; raise data.held_out_fraction, or cut the text finer")
-            return {}
         params = student_params(self.state, self.frozen)
         numbers = self.experiment.evaluate(params, self.dataset, self.mesh, self.config.eval_batches)
+        if not numbers:
+            self.say("note: nothing was evaluated; where that is for want of held-out text, raise data.held_out_fraction, or cut it finer")
+            return {}
         self.writer.write(self.done_steps, numbers, kind="eval")
-        shown = {"held_out_loss": numbers["loss"], "bits_per_byte": numbers["bits_per_byte"]}
-        self.say(metrics.progress(self.done_steps, self.config.num_steps, shown))
+        shown = {label: numbers[name] for label, name in (("held_out_loss", "loss"), ("bits_per_byte",) * 2) if name in numbers}
+        line = metrics.progress(self.done_steps, self.config.num_steps, shown)
+        others = () if "bits_per_byte" in numbers else (f"  {name} {float(value):.4g}" for name, value in numbers.items() if name != "loss")
+        self.say(line + "".join(others))
         return numbers
 
     def _sample(self) -> None:
@@ -442,7 +466,7 @@ class Session:
             self.say(f"  {sample['prompt']!r} → {sample['completion'][:100]!r}")
 
     def _finish(self, train_seconds: float) -> None:
-        """The last evaluation and samples, and `results.json`, whose presence says that the run is complete."""
+        """The last evaluation and samples, and `results.json`: the run is complete where its `steps` are those asked for."""
         evaluation = self._evaluate()
         self._sample()
         results = {

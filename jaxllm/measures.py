@@ -16,11 +16,12 @@ import numpy as np
 
 from jaxllm import checkpoint, evaluate, optim, pretrain, pretrained, rundir, sharding, tree
 from jaxllm.config import ConfigError, SourceConfig, TokenizerConfig, TrainConfig, from_dict
-from jaxllm.contract import Params
+from jaxllm.contract import LM, Batch, Params
 from jaxllm.data import batch as batches
 from jaxllm.evals.overlap import ALL, overlap
 from jaxllm.files import how_to_get, path_of
 from jaxllm.generate.writer import GenerateConfig, prepare
+from jaxllm.losses.best import best_of
 from jaxllm.metrics import read_lines
 from jaxllm.pretrained import ONE_DEVICE, Pretrained
 from jaxllm.study import Run
@@ -154,6 +155,29 @@ def held_out(
     if dataset.tokenizer.fingerprint != model.tokenizer.fingerprint:
         raise ConfigError("the text is in the tokens of another tokenizer than the model's; name the model's own: data.tokenizer.path")
     return pretrain.held_out(model.lm, config)(change(model.params), dataset, mesh, max_batches)
+
+
+def together(models: Sequence[Pretrained], config: TrainConfig) -> dict[str, float]:
+    """Loss and bits per byte of the held-out rows of `config.data` by the mean of some models' next-token probabilities.
+
+    Raises:
+      ConfigError: models of unlike tokenizers.
+    """
+    if len(kinds := {one.tokenizer.fingerprint[:12] for one in models}) > 1:
+        raise ConfigError(f"models that speak together have one tokenizer, and these have {', '.join(sorted(kinds))}")
+    dataset = batches.load(config.data, seed=config.seed)
+    label = [jax.jit(partial(_of_label, one.lm)) for one in models]
+    nats, num_tokens = 0.0, 0.0
+    for batch in dataset.held_out(config.data.batch_size):
+        logp = np.stack([np.asarray(f(one.params, batch), np.float64) for f, one in zip(label, models, strict=True)])
+        nats -= float(((np.logaddexp.reduce(logp) - np.log(len(models))) * batch.loss_mask).sum())
+        num_tokens += float(np.sum(batch.loss_mask))
+    return {"loss": nats / num_tokens, "bits_per_byte": nats / np.log(2) / sum(window.num_bytes for window in dataset.held_out_windows)}
+
+
+def _of_label(lm: LM, params: Params, batch: Batch) -> jax.Array:
+    """log p of every label [B T]."""
+    return best_of(lm, 1)(params, batch)[3]
 
 
 def tokenizer_of(folder: Path) -> TokenizerConfig:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any, cast
 
@@ -43,6 +43,8 @@ PROMPTS = (
     "for key, value in ",
 )
 """Samples continue these where the experiment has none of its own."""
+UNIGRAM_BYTES = 1 << 22
+"""Training text that byte frequencies are counted in."""
 
 
 def next_token_loss(config: TrainConfig) -> LossTransform:
@@ -116,7 +118,7 @@ def experiment(
         forward=warming_up(config, observe(lm)) if config.bitnet.warm_start_steps else None,
         initial_params=partial(starting_params, config, lm) if config.init_from else None,
         evaluate=held_out(lm, config),
-        sample=partial(samples, lm, prompts),
+        sample=sampling(lm, prompts),
         finish=baselines,
     )
     if not config.distill.on:
@@ -187,17 +189,20 @@ FRESH = rf"{ADDED}|{bitnet.NORM_SCALES}"
 """Leaves that start fresh where the weights come from a run without them."""
 
 
-def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
+def starting_params(config: TrainConfig, lm: LM, mesh: Mesh, branches: Sequence[str] = ("trainable", "frozen")) -> Params:
     """The weights of another run, placed on this mesh: its checkpoint's, and where it froze some, those it started from.
 
     Adapters that the other run does not have start fresh, from this run's seed.
+
+    Args:
+      branches: of the checkpoint, as `checkpoint.load_params` reads them; what that run started from is never an average.
 
     Raises:
       ConfigError: nothing there; a checkpoint of another architecture (what differs), or of a run whose adapters this one does not
         have; weights that are not those that this run, or the other one, began from.
     """
     if config.quantise.kind != "none":
-        return _rounded(config, lm, mesh)
+        return _rounded(config, lm, mesh, branches)
     if not path_of(config.init_from).exists():
         raise ConfigError(
             f"init_from names {config.init_from}, and there is no such run directory or checkpoint{how_to_get(config.init_from)}"
@@ -224,7 +229,7 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
         )
     inherited, fresh = tree.partition(template, lambda path: path in their_paths or not re.fullmatch(FRESH, path))
     trained, frozen = tree.partition(inherited, partial(optim.trainable, parent.optim))
-    params = checkpoint.load_params(config.init_from, trained, left_out=TRAINING_ONLY).state
+    params = checkpoint.load_params(config.init_from, trained, branches, left_out=TRAINING_ONLY).state
     if frozen:
         rundir.check_parent(rundir.read_json(rundir.root_of(path_of(config.init_from)) / "config.json"), parent.init_from)
         rest = starting_params(parent, theirs, mesh) if parent.init_from else theirs.init(jax.random.key(parent.seed))
@@ -239,10 +244,10 @@ def starting_params(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
     return params
 
 
-def _rounded(config: TrainConfig, lm: LM, mesh: Mesh) -> Params:
+def _rounded(config: TrainConfig, lm: LM, mesh: Mesh, branches: Sequence[str]) -> Params:
     """`starting_params` with the kernels that `config.quantise` names in few bits, placed by rule."""
     whole = replace(config, quantise=QuantiseConfig())
-    params = starting_params(whole, language_model(whole, "float32"), mesh)
+    params = starting_params(whole, language_model(whole, "float32"), mesh, branches)
     shapes = jax.eval_shape(partial(quantise.quantise, config=config.quantise), params)
     where = sharding.shardings(sharding.param_specs(shapes, mesh, config.mesh.rules), mesh)
     return jax.jit(partial(quantise.quantise, config=config.quantise), out_shardings=where)(params)
@@ -269,6 +274,8 @@ def held_out(lm: LM, config: TrainConfig) -> Callable[..., dict[str, Any]]:
         return Mean(*(sharding.constrain(x, "") for x in mean))
 
     def evaluate(params: Params, dataset: Dataset, mesh: Mesh, max_batches: int = 0) -> dict[str, Any]:
+        if not dataset.held_out_windows:
+            return {}
         size = config.data.batch_size // config.optim.num_microbatches
         rows = dataset.held_out(size, partial(sharding.host_rows, mesh))
         batches = (to_global(batch, mesh, size) for batch in islice(rows, max_batches or None))
@@ -279,23 +286,35 @@ def held_out(lm: LM, config: TrainConfig) -> Callable[..., dict[str, Any]]:
     return evaluate
 
 
-def samples(lm: LM, prompts: Sequence[str], params: Params, dataset: Dataset, mesh: Mesh) -> list[dict[str, str]]:
-    """Continuations of the prompts, sampled at temperature 0.8 with top-k 40."""
-    tokenizer = dataset.tokenizer
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    stop = [i for i in (tokenizer.eos_id,) if i is not None]
-    new = complete(generator(lm, sampler(0.8, top_k=40)), params, ids, num_tokens=64, stop_ids=stop)
-    return [{"prompt": prompt, "completion": tokenizer.decode(ids)} for prompt, ids in zip(prompts, new, strict=True)]
+def sampling(lm: LM, prompts: Sequence[str]) -> Callable[[Params, Dataset, Mesh], list[dict[str, str]]]:
+    """The sampling function of an Experiment: continuations of the prompts at temperature 0.8 with top-k 40."""
+    generate = cache(lambda: generator(lm, sampler(0.8, top_k=40)))  # at the first samples: not every model generates
+
+    def samples(params: Params, dataset: Dataset, mesh: Mesh) -> list[dict[str, str]]:
+        tokenizer = dataset.tokenizer
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        stop = [i for i in (tokenizer.eos_id,) if i is not None]
+        new = complete(generate(), params, ids, num_tokens=64, stop_ids=stop)
+        return [{"prompt": prompt, "completion": tokenizer.decode(ids)} for prompt, ids in zip(prompts, new, strict=True)]
+
+    return samples
 
 
 def baselines(dataset: Dataset, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What simpler predictors make of the same held-out bytes: {"baselines": [{"name", "bits_per_byte", "note"}]}."""
+    """What simpler predictors make of the same held-out bytes: {"baselines": [{"name", "bits_per_byte", "note"}]}; process 0 alone."""
     del evaluation
-    held = "".join(dataset.held_out_texts()).encode()
-    train = "".join(islice(dataset.train_texts(), 20_000)).encode()
-    windows = [(b"", dataset.window_bytes(window)) for window in dataset.held_out_windows]
+    if jax.process_index():
+        return {}
+    text = {(window.document, window.first): dataset.window_bytes(window) for window in dataset.held_out_windows}
+    held = b"".join(text[window] for window in sorted(text))
+    windows = [(b"", target) for target in text.values()]
+    train = bytearray()
+    for document in dataset.train_texts():
+        train += document.encode()
+        if len(train) >= UNIGRAM_BYTES:
+            break
     rows = (
-        ("byte unigram", perplexity.byte_unigram_bits(train, held), "byte frequencies of the training text"),
+        ("byte unigram", perplexity.byte_unigram_bits(bytes(train[:UNIGRAM_BYTES]), held), "byte frequencies of the training text"),
         ("lzma, per window", perplexity.lzma_window_bits(windows), "the same bytes visible as to the model"),
         ("lzma, whole text", perplexity.lzma_whole_bits(held), "sees all of the held-out text at once: the next goal"),
     )

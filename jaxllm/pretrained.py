@@ -52,6 +52,8 @@ from jaxllm.surgery import adapters, bitnet, prefix
 CHAT_TEMPLATE = "chat_template.jinja"
 CONVERSION = "conversion.json"
 ONE_DEVICE = MeshConfig(data=1)
+BRANCHES = ("ema", "trainable", "frozen")
+"""Of a checkpoint: averages where the run kept them."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class NoTokenizer:
     num_vocab = 0
     bos_id = eos_id = pad_id = chat_template = None
     fingerprint = "none"
+    special_names = ()
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
@@ -217,11 +220,11 @@ def _load_params(folder: Path, train: TrainConfig, mesh: Mesh, precision: Precis
     dtypes = tree.map_with_path(lambda path, leaf: dtype_of(path, leaf.dtype, precision), shapes)
     where = sharding.shardings(sharding.param_specs(shapes, mesh, train.mesh.rules), mesh)
     if train.lora.rules or tree.partition(shapes, partial(optim.trainable, train.optim))[1]:  # frozen leaves are where the run began
-        params = pretrain.starting_params(replace(train, init_from=str(folder)), lm, mesh)
+        params = pretrain.starting_params(replace(train, init_from=str(folder)), lm, mesh, BRANCHES)
         params = adapters.merge(params, train.lora) if train.lora.rules else params
         return tree.map_with_path(lambda path, leaf: leaf.astype(dtype_of(path, leaf.dtype, precision)), params)
     template = jax.tree.map(lambda s, dtype, w: jax.ShapeDtypeStruct(s.shape, dtype, sharding=w), shapes, dtypes, where)
-    return checkpoint.load_params(folder, template, ("ema", "trainable", "frozen"), left_out=TRAINING_ONLY).state
+    return checkpoint.load_params(folder, template, BRANCHES, left_out=TRAINING_ONLY).state
 
 
 def dtype_of(path: str, own: Any, precision: Precision) -> Any:

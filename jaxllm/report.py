@@ -6,7 +6,7 @@ since a folder without one is no run directory.
 
     config.json        {"config": {...}, "hash":, "name":, "parent":}
     metrics.jsonl      see `jaxllm/metrics.py`; `metrics.cut-<n>.jsonl` beside it
-    results.json       {"bits_per_byte":, "baselines": [{"name":, "bits_per_byte":, "note":}], "num_params":, "tokens_seen":,
+    results.json       {"steps":, "bits_per_byte":, "baselines": [{"name":, "bits_per_byte":, "note":}], "num_params":, "tokens_seen":,
                         "wall_seconds":, "go_on": command, "generate": command}
     samples.jsonl      {"step":, "prompt":, "completion":}
     environment.json, data.json     anything nested
@@ -83,6 +83,11 @@ def load(run_dir: Path | str) -> Run:
         return {}
 
     config, results, environment, data = map(read_json, ("config.json", "results.json", "environment.json", "data.json"))
+    asked, steps = config.get("config"), _number(results.get("steps"))
+    planned = _number(asked.get("num_steps")) if isinstance(asked, dict) else None
+    if steps is not None and planned is not None and steps != planned:
+        problems["results.json"] = f"results.json is of step {steps:,.0f}, where the run ended before it went on to {planned:,.0f}."
+        results = {}
     records, samples = ([r for r in read_lines(path / name) if _is_number(r.get("step"))] for name in ("metrics.jsonl", "samples.jsonl"))
     return Run(path, config, results, environment, data, records, samples, problems)
 

@@ -6,11 +6,11 @@ runs/<name>-<8 hex of the config's hash>/
   data.json          corpus hash and counts          tokenizer/   the tokenizer itself
   metrics.jsonl      one line per record             tensorboard/
   checkpoints/       by step, each with a manifest   samples.jsonl   results.json   report.html
+  rewinds.json       batches that loss spikes made the run skip
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import importlib.metadata
 import json
@@ -32,7 +32,7 @@ import jax
 from jaxllm import config as configs
 from jaxllm import manifest
 from jaxllm.config import ConfigError, TrainConfig
-from jaxllm.files import is_remote, next_part, path_of, remove_tree, write_atomic
+from jaxllm.files import file_system, is_remote, next_part, path_of, remove_tree, write_atomic
 
 PACKAGES = ("jaxllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
 
@@ -92,12 +92,13 @@ def claim(config: TrainConfig) -> Iterator[Path]:
       ConfigError: it belongs to another config (shows the difference), is in use, or cannot be written.
     """
     folder = locate(config)
-    first = jax.process_index() == 0
-    ours = first and not folder.exists()
+    ours = False
     try:
         with ExitStack() as stack:
-            if first:
+            if jax.process_index() == 0:
+                new = not folder.exists()
                 stack.enter_context(_lease(folder) if is_remote(folder) else _lock(folder))
+                ours = new
             else:
                 _make(folder)
             _check_same(config, folder)
@@ -115,7 +116,7 @@ def _make(folder: Path) -> None:
         raise ConfigError(f"cannot write the run directory {folder}: {error.strerror or error}; choose another with --run_dir") from None
 
 
-def _in_use(folder: Path) -> ConfigError:
+def _in_use(folder: object) -> ConfigError:
     return ConfigError(f"another process is training in {folder}; stop it first, or choose another --run_dir")
 
 
@@ -136,31 +137,26 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _lease(folder: Path) -> Iterator[None]:
+def _lease(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder in an object store, which knows no locks: an object that is written anew as long as this process lives.
 
-    One that a killed process left is recognised by its not changing.
+    One that a killed process left is recognised by its not changing. Of several processes that find none the first has it where the
+    store can create conditionally; else, and where they find a dead one's, the last to write has it, and each looks again after a while.
+    A process that was taken for dead, and was not, ends.
     """
-    path, me, done = folder / ".lock", uuid.uuid4().hex, threading.Event()
+    path, me, done = f"{os.fspath(folder)}/.lock", uuid.uuid4().hex, threading.Event()
+    system = file_system(path)
 
     def read() -> str:
-        while True:
-            try:
-                return path.read_text()
-            except FileNotFoundError:
-                return ""
-            except OSError as error:
-                if error.errno != errno.EBUSY:  # else it was renewed between opening and reading
-                    raise
+        try:
+            return system.cat_file(path).decode()
+        except FileNotFoundError:
+            return ""
 
-    def renew() -> None:
-        beat = 0
-        while not done.wait(LEASE_SECONDS / 3):
-            beat += 1
-            with suppress(Exception):  # the next beat tries again
-                path.write_text(f"{me} {beat}")
+    def write(beat: int, **mode: str) -> None:
+        system.pipe_file(path, f"{me} {beat}".encode(), **mode)
 
-    try:
+    def take() -> None:
         if before := read():
             print(
                 f"note: {path} is there; looking for {LEASE_SECONDS:g} s whether another process still trains here",
@@ -170,9 +166,33 @@ def _lease(folder: Path) -> Iterator[None]:
             deadline = time.monotonic() + LEASE_SECONDS
             while read() == before and time.monotonic() < deadline:
                 time.sleep(LEASE_SECONDS / 30)
-            if read() not in ("", before):
+            if (now := read()) not in ("", before):
                 raise _in_use(folder)
-        path.write_text(f"{me} 0")
+            before = now
+        if not before:
+            with suppress(Exception):  # it is there by now, or this store has no such thing
+                write(0, mode="create")
+        if read() == before:
+            write(0)
+        time.sleep(LEASE_SECONDS / 15)
+        if not read().startswith(me):
+            raise _in_use(folder)
+
+    def renew() -> None:
+        beat, ours = 0, True
+        while ours and not done.wait(LEASE_SECONDS / 3):
+            beat += 1
+            with suppress(Exception):  # the next beat tries again
+                if ours := read().startswith(me):
+                    write(beat)
+        if not ours:
+            _end(
+                f"{folder} is another process's now, or its .lock was removed: this one stood still for {LEASE_SECONDS:g} s and was "
+                "taken for dead. It ends here, so that not two write to one run"
+            )
+
+    try:
+        take()
     except ConfigError:
         raise
     except Exception as error:  # each store's package has errors of its own
@@ -180,14 +200,22 @@ def _lease(folder: Path) -> Iterator[None]:
         raise ConfigError(
             f"cannot write the run directory {folder}: {why}; check that the bucket is there and that this machine may write to it"
         ) from None
-    threading.Thread(target=renew, daemon=True).start()
+    renewal = threading.Thread(target=renew, daemon=True)
+    renewal.start()
     try:
         yield
     finally:
         done.set()
+        renewal.join(LEASE_SECONDS / 3)
         with suppress(Exception):
             if read().startswith(me):
-                path.unlink()
+                system.rm_file(path)
+
+
+def _end(message: str) -> None:
+    """End this process, from any of its threads, before it writes any more; what is half-written has no manifest."""
+    os.write(sys.stderr.fileno(), f"\nerror: {message}\n".encode())
+    os._exit(1)
 
 
 LEASE_SECONDS = 30.0
@@ -195,25 +223,32 @@ LEASE_SECONDS = 30.0
 
 
 def record(config: TrainConfig, precision: str, folder: Path) -> None:
-    """Write config.json: from here on the directory is this config's run."""
-    if jax.process_index() == 0:
-        write_json(
-            folder / "config.json",
-            {
-                "name": config.name,
-                "hash": configs.config_hash(config),
-                "parent": config.init_from or None,
-                "parent_fingerprint": manifest.fingerprint(path_of(config.init_from)) if config.init_from else None,
-                "teachers": {path: manifest.fingerprint(path_of(path)) for path, _ in config.distill.teachers},
-                "precision": precision,
-                "config": configs.to_dict(config),
-            },
-        )
+    """Write config.json: from here on the directory is this config's run. Of other runs' weights it keeps what it said at the start."""
+    if jax.process_index() != 0:
+        return
+    before = read_json(folder / "config.json")
+    known = {**before.get("teachers", {}), before.get("parent"): before.get("parent_fingerprint")}
+
+    def fingerprint(path: str) -> str | None:
+        return known[path] if path in known else manifest.fingerprint(path_of(path))
+
+    write_json(
+        folder / "config.json",
+        {
+            "name": config.name,
+            "hash": configs.config_hash(config),
+            "parent": config.init_from or None,
+            "parent_fingerprint": fingerprint(config.init_from) if config.init_from else None,
+            "teachers": {path: fingerprint(path) for path, _ in config.distill.teachers},
+            "precision": precision,
+            "config": configs.to_dict(config),
+        },
+    )
 
 
 def root_of(folder: Path) -> Path:
     """The run directory that `folder` is, or is a part of (its checkpoints, one of them)."""
-    parents = [folder, *folder.absolute().parents[:2]]
+    parents = [folder, *(folder if is_remote(folder) else folder.absolute()).parents[:2]]
     return next((path for path in parents if (path / "config.json").exists() and (path / "checkpoints").is_dir()), folder)
 
 

@@ -13,6 +13,9 @@ import numpy as np
 
 from jaxllm.config import SpikeConfig
 
+MAX_RESTARTS = 5
+"""Rewinds to one step, each with more batches skipped, after which the batches are not to blame."""
+
 
 def robust_z(recent: Sequence[float], loss: float) -> float:
     """(loss − median) / (1.4826 · median absolute deviation) of the recent losses.

@@ -72,7 +72,7 @@ class Experiment:
     """None means the LM's own (`observe`)."""
     annotators: tuple[Annotate, ...] = ()
     load_frozen: Callable[[Mesh], Frozen] | None = None
-    """Teachers, references and the base under adapters, already placed on the mesh."""
+    """Teachers and references by name, already placed on the mesh. Not the student's own frozen leaves: those are `frozen_base`'s."""
     initial_params: Callable[[Mesh], Params] | None = None
     """Starting weights from elsewhere, e.g. a checkpoint; None initialises from the seed."""
     rollout: Rollout | None = None
@@ -81,10 +81,10 @@ class Experiment:
     updates_per_batch: int = 1
     """The (rolled out) batch is split into this many optimizer updates, each cut into `optim.num_microbatches`. Schedules
     still count batches: the learning rate moves on by a fraction of a step at each update."""
-    teacher_flops_per_token: float = 0.0
+    other_flops_per_token: float = 0.0
     """Work of annotators and rollouts for a token of the batch, for MFU: 2 · params for each model that runs forward once."""
     evaluate: Callable[..., dict[str, Any]] | None = None
-    """(params, dataset, mesh, max batches) -> numbers, `loss` and `bits_per_byte` among them."""
+    """(params, dataset, mesh, max batches) -> numbers by name; {} where there is nothing to evaluate on."""
     sample: Callable[..., list[dict[str, str]]] | None = None
     """(params, dataset, mesh) -> [{'prompt', 'completion'}]."""
     finish: Callable[..., dict[str, Any]] | None = None

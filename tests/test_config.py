@@ -7,6 +7,7 @@ import json
 import types
 import typing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from jaxllm.config import (
     config_hash,
     diff,
     from_dict,
+    hashed_values,
     nearest,
     to_dict,
 )
@@ -133,8 +135,33 @@ def test_the_hash_sees_everything_else(data: st.DataObject):
         assert config_hash(replace(TrainConfig(), **{name: value})) != config_hash(TrainConfig())
 
 
-def test_the_hash_is_eight_hex_digits():
-    assert int(config_hash(TrainConfig()), 16) < 16**8 and len(config_hash(TrainConfig())) == 8
+HASHES = {
+    "7674a781": TrainConfig(),
+    "4659f21b": TrainConfig(name="other", num_steps=7, model=ModelConfig(width=32, rope=RopeConfig(base=1e6)), optim=OptimConfig(lr=3e-4)),
+    "328c238a": TrainConfig(data=DataConfig(sources=(SourceConfig(path="a"), SourceConfig(path="b", weight=2.0))), init_from="x"),
+}
+
+
+@pytest.mark.parametrize("expected", HASHES)
+def test_a_run_has_the_same_hash_for_good(expected: str):
+    """A run directory is found by its hash: with another one, the same command trains anew in another folder."""
+    message = "every run directory gets another name: undo what changed the hash, or, if a default had to change, write the new hashes here"
+    assert config_hash(HASHES[expected]) == expected, message
+
+
+def test_a_default_changes_only_with_the_version_of_the_hash():
+    """defaults.json holds the defaults of that version; fields that were added since are not in it."""
+    then = hashed_values(from_dict(TrainConfig, json.loads((Path(__file__).parent / "defaults.json").read_text())))
+    assert diff(then, hashed_values(TrainConfig())) == {}, (
+        "these defaults changed, (old, new), and defaults are not in the hash: a new run would take the folder of an old one. "
+        "Raise DEFAULTS_VERSION in jaxllm/config/values.py, and write the new defaults into tests/defaults.json and the hashes here"
+    )
+
+
+def test_a_field_that_is_added_changes_no_hash():
+    newer = dataclasses.make_dataclass("Newer", [("later", int, dataclasses.field(default=3))], bases=(TrainConfig,), frozen=True)
+    assert config_hash(newer(seed=5)) == config_hash(TrainConfig(seed=5))
+    assert config_hash(newer(later=4)) != config_hash(TrainConfig())
 
 
 def test_diff_names_what_changed():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import ConfigError, SourceConfig
+from jaxllm.data.corpus import sample
 from jaxllm.data.source import Document, open_source
 from jaxllm.data.stdlib import Stdlib
 
@@ -82,6 +83,26 @@ def test_records_give_any_field(files, cache, kind):
     else:
         with pytest.raises(ConfigError, match=r"no (field|column) 'txet'; did you mean 'text'\?"):
             documents(cache, kind=kind, path=str(files), field="txet")
+
+
+def test_a_sample_of_parquet_is_mixed_and_reads_few_row_groups(files, cache, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [f"{i // 50}:{i}" for i in range(20 * 50)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[:700]}), files / "a.parquet", row_group_size=50)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[700:]}), files / "b.parquet", row_group_size=50)
+    source = open_source(SourceConfig(kind="parquet", path=str(files)), cache)
+    reads = []
+    whole = pyarrow.parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", lambda *args, **kw: reads.append(args[1]) or whole(*args, **kw))
+    sampled = sample([source], 0.0)
+    first = [next(sampled) for _ in range(60)]
+    assert len(reads) == len({text.split(":")[0] for text in first}) == 9
+    assert sorted([*first, *sampled]) == sorted(texts) and len(reads) == 8 * 20
+    assert first == [text for text, _ in zip(sample([source], 0.0), first, strict=False)]
+    training = list(sample([source], 0.5))
+    assert 400 < len(training) < 600 and set(training) < set(texts)
 
 
 def test_array_records_may_be_plain_text(files, cache):

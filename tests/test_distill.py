@@ -128,6 +128,23 @@ def test_two_teachers_a_schedule_and_a_mesh(place: Path) -> None:
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=path)
 
 
+@pytest.mark.parametrize(
+    ("options", "ce", "share"),
+    [
+        ({"ce": 1.0, "weight_end": 0.0}, [1.0] * 4, [1.0, 0.9, 0.5, 0.0]),  # uptraining: the model before its surgery is let go
+        ({"ce": 1.0, "ce_end": 0.5, "weight_end": 2.0}, [1.0, 0.95, 0.75, 0.5], [1.0, 1.1, 1.5, 2.0]),
+        ({"ce": 0.2, "ce_end": 0.8}, [0.2, 0.26, 0.5, 0.8], [1.0, 0.925, 0.625, 0.25]),
+        ({"ce": 1.0}, [1.0] * 4, [1.0] * 4),
+    ],
+)
+def test_weights_run_along_lines(place: Path, options: dict[str, float], ce: list[float], share: list[float]) -> None:
+    """Of steps 0, 1, 5 and 10 of 10; after the last they stay."""
+    config = config_of(place, teachers=(("x", 3.0),), **options)
+    at = lambda weight: [float(weight(jnp.int32(step)) if callable(weight) else weight) for step in (0, 1, 5, 10, 12)]
+    np.testing.assert_allclose(at(distill.text_weight(config)), [*ce, ce[-1]], rtol=1e-6)
+    np.testing.assert_allclose(at(distill.teacher_weight(config, 3.0)), 3.0 * np.array([*share, share[-1]]), rtol=1e-6)
+
+
 def test_hidden_states_are_matched_through_a_learned_map_and_weigh_as_much_as_the_logits(place: Path) -> None:
     """α L_states equals L_logits of the step before, with no gradient through α; the map trains, and a loaded model has none."""
     experiment = build(config_of(place, teachers=((str(place / "wide"), 1.0),), states="cosine"))
@@ -254,6 +271,11 @@ def test_bad_input(place: Path) -> None:
         (lambda: DistillConfig(teachers=teacher, on_policy=1.5), "on_policy is 1.5"),
         (lambda: DistillConfig(teachers=teacher, on_policy=0.5, ce=0.1), "replaces rows"),
         (lambda: DistillConfig(teachers=(("x", -1.0),)), r"'x', -1.0.*positive"),
+        (lambda: DistillConfig(teachers=teacher, temperature=-1.0), r"temperature is -1.0; it must be positive"),
+        (lambda: DistillConfig(teachers=teacher, temperature=float("nan")), r"temperature is nan"),
+        (lambda: DistillConfig(teachers=teacher, kind="soft_ce", temperature=2.0), r"'soft_ce' .*temperature is 2.0; set it to 1"),
+        (lambda: DistillConfig(teachers=teacher, weight_end=-0.5), r"weight_end is -0.5; it must be at least 0"),
+        (lambda: DistillConfig(teachers=teacher, ce=1.0, ce_end=0.5), r"start below 1, or say with distill.weight_end"),
         (lambda: build(config_of(place, teachers=(("nowhere", 1.0),))), "nowhere"),
         (
             lambda: build(config_of(place, {"sequence_length": 128}, teachers=teacher)),

@@ -211,6 +211,20 @@ def test_results_lie_in_the_run_directory_unless_told_otherwise(checkpoint: Path
     assert (checkpoint / "evals" / f"{got['checkpoint_hash']}.json").exists()
 
 
+def test_results_of_a_cached_checkpoint_lie_beside_it_and_of_a_remote_one_here(
+    checkpoint: Path, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("JAXLLM_CACHE", str(checkpoint.parent))
+    monkeypatch.chdir(tmp_path)
+    before = {*tmp_path.iterdir()}
+    name = f"cache://{checkpoint.name}"
+    got = evaluate(name, EvalConfig(tasks=(files["choice"],), limit=2, batch_tokens=64), bar=quiet())
+    assert json.loads((checkpoint / "evals" / f"{got['checkpoint_hash']}.json").read_text())[got["checkpoint_hash"]]["checkpoint"] == name
+    assert {*tmp_path.iterdir()} == before
+    assert command._results_file("gs://bucket/run", "1234abcd", "") == Path("evals/1234abcd.json")
+    assert command._results_file("gs://bucket/run", "1234abcd", "cache://a.json") == checkpoint.parent / "a.json"
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -221,6 +235,7 @@ def test_results_lie_in_the_run_directory_unless_told_otherwise(checkpoint: Path
         (["C", "--tasks", "text:x", "--limit", "-1"], "must be at least 0"),
         (["C", "--tasks", "text:x", "--num_samples", "3"], "would write one text 3 times"),
         (["C", "--tasks", "text:x", "--out", "results"], "is not a .json file"),
+        (["C", "--tasks", "text:x", "--out", "gs://bucket/a.json"], "is in an object store, where nothing can be appended; name a local"),
         (["nowhere", "--tasks", "text:x"], "nowhere does not exist"),
         (["HF", "--tasks", "text:x"], "is a Hugging Face folder; convert it first"),
     ],

@@ -20,6 +20,7 @@ from configs import domains
 from experiments import fusellm
 from jaxllm import distill
 from jaxllm.config import ConfigError, TokenizerConfig, TrainConfig
+from jaxllm.data.pieces import cut
 from jaxllm.fusing import PAPER
 from jaxllm.optim import schedule
 from jaxllm.study.jobs import jobs_of
@@ -29,7 +30,7 @@ from tests.runs import ROOT
 @settings(deadline=None, max_examples=50)
 @given(st.text(alphabet="ab \n", max_size=3000))
 def test_pieces_are_the_text_in_order_and_short(text: str) -> None:
-    pieces = [*fusellm.cut(text, 60)]
+    pieces = [*cut(text, 60)]
     whole = "".join(pieces)
     assert text.startswith(whole) and not text[len(whole) :].strip() and all(len(piece) <= 60 for piece in pieces)
 
@@ -123,7 +124,7 @@ def _rows(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.whole
 def test_debug_runs_to_its_end(tmp_path: Path) -> None:
     """Three models trained, taught, fused, merged: an arm of each kind, with those it needs, has its numbers, and shares sum to 1."""
-    of_each_kind = (fusellm.CLM, fusellm.MIN_CE, "merged, TIES", fusellm.ENSEMBLE)
+    of_each_kind = (fusellm.CLM, fusellm.MIN_CE, "merged, TIES", fusellm.ENSEMBLE, fusellm.SPANS)
     command = [sys.executable, "-m", "experiments.fusellm", "debug", "--only", "|".join(of_each_kind)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAXLLM_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3000)
@@ -132,7 +133,8 @@ def test_debug_runs_to_its_end(tmp_path: Path) -> None:
     assert set(of_each_kind) < set(rows) and {"code", "bible", "sotu"} < set(rows)
     metrics = rows[fusellm.MIN_CE]["metrics"]
     assert sum(metrics[f"won_{domain}"] for domain in ("code", "bible", "sotu")) == pytest.approx(1.0)
-    assert 0 < metrics["accept"] <= 1 and 0 < metrics["mapped"] <= 1
+    aligned = rows[fusellm.SPANS]["metrics"]
+    assert 0 < aligned["accept"] <= 1 and 0 < aligned["mapped"] <= 1
     for name in ("merged, TIES", fusellm.ENSEMBLE, fusellm.CLM):
         metrics = rows[name]["metrics"]
         mean = np.mean([metrics[f"bpb_{domain}"] for domain in ("code", "bible", "sotu")])

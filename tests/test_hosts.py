@@ -120,6 +120,44 @@ def test_two_with_one_number_are_refused():
     assert all("process 1 is there twice" in line for line in call([0, 1, 1], 3, 5))
 
 
+def hello(port: int, number: int) -> socket.socket:
+    """A process that says who it is, and waits."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    connection.sendall(f"{hosts._HELLO} {number} somewhere\n".encode())
+    return connection
+
+
+def test_one_that_is_started_anew_while_others_are_awaited_takes_its_old_place():
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(roll_call, Place(f"127.0.0.1:{port}", 3, 0), 10)
+        hello(port, 1).close()  # killed
+        again = hello(port, 1)
+        other = hello(port, 2)
+        with again, other:
+            assert again.recv(99) == other.recv(99) == b"\n", "all are there"
+        started.result()
+
+
+def test_one_that_ends_while_others_are_awaited_is_missing():
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(roll_call, Place(f"127.0.0.1:{port}", 3, 0), 2)
+        hello(port, 1).close()
+        with hello(port, 2) as other:
+            told = other.recv(999).decode()
+        with pytest.raises(TimeoutError, match=r"process 1 of 3 did not come up within 2 s; 0, 2 \(somewhere\) did"):
+            started.result()
+    assert "process 1 of 3 did not come up" in told
+
+
 def test_strangers_on_the_port_do_not_count():
     port = free_port()
     told: list[str] = []

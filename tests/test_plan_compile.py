@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm import pretrain, sharding
 from jaxllm.config import ConfigError, DataConfig, MeshConfig, ModelConfig, OptimConfig, SourceConfig, TokenizerConfig, TrainConfig
 from jaxllm.data import batch as batches
+from jaxllm.flops import TokenFlops
 from jaxllm.plan import child, compiled
 from jaxllm.plan.arithmetic import Buffer as Part
 from jaxllm.plan.compiled import Compiled, Memory, Value
@@ -179,7 +180,8 @@ def test_a_result_survives_json():
     collective = compiled.Collective("all-gather", "%a", 1, 2, 2, ("data",), 3, "")
     work, state = Work(product_flops=5, notes=("a bound",)), [Part("parameters", 4)]
     made = Compiled(
-        Memory(1, 2, 3, 4, None), [buffer], [collective], [], {"data": 2}, ["note"], {"compile": 1.0}, {"jax": "0"}, work, 7, state
+        Memory(1, 2, 3, 4, None), [buffer], [collective], [], {"data": 2}, ["note"], {"compile": 1.0}, {"jax": "0"}, work, 7, state,
+        TokenFlops(2.0, 4.0, 1.0, 0.5), TokenFlops(2.0, 3.0, 1.0, 0.5),
     )  # fmt: skip
     assert child._compiled(json.loads(json.dumps(asdict(made)))) == made
     request = child.Request("jaxllm.pretrain:experiment", TrainConfig(model=MODEL), "bfloat16", parse("v4:4x4x4", 2), False)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jaxllm import chips, pretrain, sharding
 from jaxllm.chips import GIB
 from jaxllm.config import ConfigError, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxllm.plan import arithmetic, command, gpus, links, search, show
+from jaxllm.plan import arithmetic, command, gpus, links, lower, search, show
 from jaxllm.plan.arithmetic import Buffer
 from jaxllm.plan.child import CompilerFailed, OutOfMemory
 from jaxllm.plan.links import Collective
@@ -147,11 +147,12 @@ def saved_by_the_step(remat: str, block: str) -> int:
     rows = jax.ShapeDtypeStruct((16, 32), np.int32)
     trained = jax.make_jaxpr(jax.grad(lambda p, x: lm.apply(p, x).hidden.astype("float32").sum()))(params, rows)
     forward = next(e for e in trained.jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 6)
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in forward.outvars if v.aval.shape[:3] == (6, 16, 32))
+    kept = [v.aval for v in forward.outvars if v.aval.shape[:3] == (6, 16, 32)]
+    return sum(aval.size * aval.dtype.itemsize for aval in kept if aval.memory_space != jax.memory.Space.Host)
 
 
 @pytest.mark.parametrize("block", ["serial", "parallel"])
-@pytest.mark.parametrize("remat", ["full", "dots", "minimal"])
+@pytest.mark.parametrize("remat", ["full", "dots", "minimal", "offload", "offload_inputs"])
 def test_saved_activations_are_what_the_step_saves(remat, block):
     config = replace(CONFIG, remat=remat, model=replace(MODEL, block=block))
     state = [Buffer(arithmetic.PARAMETERS, 0)]
@@ -278,6 +279,26 @@ def test_candidates_divide_the_batch_the_model_and_the_chips():
         sharding.check_batch(config.data, config.optim, gpu_mesh(sizes))
 
 
+def test_a_search_offers_what_updates_and_ramp_allow():
+    """16 rows in 2 updates on one chip: at most 8 micro-batches; and a ramp from 4 rows wants micro-batches of 4 rows over both updates."""
+    base, said = replace(CONFIG, mesh=MeshConfig(data=1)), list[TrainConfig]()
+    build = lambda config, precision: replace(experiment(config), updates_per_batch=2)
+
+    def plan(made: Experiment, *args: object) -> Plan:
+        said.append(made.config)
+        sharding.check_batch(made.config.data, made.config.optim, gpu_mesh(search.ONE_CHIP), 2)
+        return fake(made.config, 1, 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command.gpus, "plan", plan)
+        options = command.Options(gpus="h100:1", search=True, plans=1000)
+        assert command.run(options, base, build, "", "tiny", io.StringIO()) == 0
+    assert {config.optim.num_microbatches for config in said} == {1, 2, 4, 8}
+    ramped = replace(base, data=replace(base.data, batch_ramp=((5, 4),)))
+    found = search.candidates(ramped, 1, updates_per_batch=2)
+    assert {config.optim.num_microbatches for config in found} == {4, 8}
+
+
 def gpu_mesh(sizes):
     return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
@@ -359,7 +380,9 @@ def test_the_usual_estimate_agrees_with_the_plan_and_prefers_less_recomputation(
     plan, cluster = gpu_plan(), gpus.parse("h100:8x2")
     traced = gpus.trace(experiment(CONFIG), search.ONE_CHIP)
     state = gpus.state_of(traced)
-    estimate = search.estimator(state, traced.num_params, "bfloat16", cluster.chip, partial(links.switch, cluster.chip, chips_per_host=8))
+    flops = lambda config: lower.token_flops(experiment(config)).executed
+    links_of = partial(links.switch, cluster.chip, chips_per_host=8)
+    estimate = search.estimator(state, traced.num_params, flops, "bfloat16", cluster.chip, links_of)
     full = estimate(plan.config)
     assert full.num_bytes == pytest.approx(plan.memory_bytes, rel=0.2), "norms are on every chip"
     assert estimate(replace(plan.config, remat="none")).seconds < full.seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import pretrain
-from jaxllm.config import DataConfig, LayerKind, LossConfig, ModelConfig, TrainConfig
-from jaxllm.flops import model_flops_per_token, utilisation, visible_keys
-from jaxllm.plan import arithmetic, gpus, kernels
+from jaxllm.config import DataConfig, LayerKind, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxllm.flops import REMAT, of_token, utilisation, visible_keys
+from jaxllm.models import stack
+from jaxllm.plan import gpus, kernels
 from jaxllm.plan.work import Work, count
 
 
@@ -270,16 +272,34 @@ def traced(config: TrainConfig, mesh: tuple[int, int, int] = (1, 1, 1)) -> gpus.
     return gpus.trace(pretrain.experiment(config, precision="float32"), dict(zip(("slice", "data", "model"), mesh, strict=True)))
 
 
-@pytest.mark.parametrize("remat", ["none", "minimal", "dots", "full"])
+def test_every_remat_policy_says_what_it_keeps():
+    assert REMAT.keys() == stack.REMAT.keys() | {"none"} == set(get_args(get_type_hints(TrainConfig)["remat"]))
+
+
+@pytest.mark.parametrize("remat", REMAT)
 def test_executed_work_of_a_train_step_is_what_arithmetic_says(remat):
     """Short rows are dense, so attention is T × T. A table is looked up, not multiplied: 6N counts it, the step does not."""
     found = traced(replace(CONFIG, remat=remat))
-    expected = arithmetic.executed_flops_per_token(replace(CONFIG, remat=remat), found.num_params) - 6 * 64 * 64
+    expected = of_token(MODEL, found.num_params, 32, remat=remat).executed - 6 * 64 * 64
     norms = 6 * 64 * (2 * 6 + 1)  # of the parameters, those that multiply nothing
     assert found.work.flops == pytest.approx(TOKENS * (expected - norms), rel=1e-12)
     if remat == "full":
         ratio = found.work.flops / (6 * found.num_params * TOKENS)
         assert 1.2 < ratio < 8 / 6 + 0.1, "about 8N for 6N"
+
+
+def test_frozen_leaves_and_other_models_count_alike_in_a_plan_and_in_a_run():
+    """Feed-forward kernels are frozen, and a teacher takes 1e5: 6N + 12LHT, less 2 for each frozen parameter, and the teacher's."""
+    experiment = pretrain.experiment(
+        replace(CONFIG, remat="full", optim=OptimConfig(freeze=((r"layers/mlp/.*", True),))), precision="float32"
+    )
+    plan = gpus.plan(replace(experiment, other_flops_per_token=1e5), gpus.parse("h100:1"), "float32")
+    frozen = 6 * 3 * 64 * 256
+    attention = 12 * 6 * 64 * 32
+    assert plan.roofline.model_flops == TOKENS * (6 * plan.num_params - 2 * frozen + attention + 1e5)
+    counted = of_token(MODEL, plan.num_params, 32, num_frozen=frozen, others=1e5, remat="full")
+    plain = of_token(MODEL, plan.num_params, 32, remat="full")
+    assert counted.recomputed == plain.recomputed < plain.forward, "a teacher is not computed again, frozen leaves are"
 
 
 def test_recomputed_work_is_the_difference_between_two_policies():
@@ -301,10 +321,10 @@ def test_palm_540b_as_published():
     """arXiv:2204.02311: 46.2 % MFU at 238.3K tokens/s on 6144 chips of 275 TFLOP/s, 45.7 % without attention."""
     palm = ModelConfig(num_layers=118, width=18432, num_heads=48, num_kv_heads=1, head_size=256, ff_width=73728, vocab_size=256_000)
     peak = 6144 * 275e12
-    flops = model_flops_per_token(palm, 540.35e9, 2048)
+    flops = of_token(palm, 540.35e9, 2048).model
     assert utilisation(238.3e3 * flops, 1.0, peak) == pytest.approx(0.4623, abs=5e-5)
-    assert utilisation(238.3e3 * model_flops_per_token(palm, 540.35e9, 0), 1.0, peak) == pytest.approx(0.4573, abs=5e-5)
-    assert model_flops_per_token(palm, 540.35e9, 2048, causal=True) == 6 * 540.35e9 + 12 * 118 * 12288 * 1024.5
+    assert utilisation(238.3e3 * of_token(palm, 540.35e9, 0).model, 1.0, peak) == pytest.approx(0.4573, abs=5e-5)
+    assert of_token(palm, 540.35e9, 2048, causal=True).model == 6 * 540.35e9 + 12 * 118 * 12288 * 1024.5
 
 
 @settings(max_examples=20, deadline=None)
@@ -316,5 +336,5 @@ def test_visible_keys_are_what_a_mask_shows(length: int, window: int | None):
 
 def test_windows_count_where_attention_is_counted_causally():
     model = replace(MODEL, layer_pattern=(LayerKind(window=8), LayerKind()))
-    assert model_flops_per_token(model, 0, 32) == 12 * 64 * 6 * 32
-    assert model_flops_per_token(model, 0, 32, causal=True) == pytest.approx(12 * 64 * 3 * (visible_keys(32) + visible_keys(32, 8)))
+    assert of_token(model, 0, 32).model == 12 * 64 * 6 * 32
+    assert of_token(model, 0, 32, causal=True).model == pytest.approx(12 * 64 * 3 * (visible_keys(32) + visible_keys(32, 8)))

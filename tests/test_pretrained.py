@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -120,14 +121,32 @@ def test_a_run_of_ours_is_loaded_with_its_averages(tmp_path: Path):
 
 
 def test_frozen_leaves_come_from_the_run_before(folder: Path, tmp_path: Path):
-    train = TrainConfig(model=CONFIG, init_from=str(folder), optim=OptimConfig(freeze=(("embed/.*", True),)))
-    trained = random_params(seed=3)
-    del trained["embed"]
+    """And the others are the averages, as what training evaluated; the next run begins from the trained ones."""
+    train = TrainConfig(model=CONFIG, init_from=str(folder), optim=OptimConfig(freeze=(("embed/.*", True),), ema_decay=0.9))
+    branches = {name: random_params(seed=seed) for name, seed in (("trainable", 3), ("ema", 4))}
+    for branch in branches.values():
+        del branch["embed"]
     saver = checkpoint.Checkpointer(tmp_path / "checkpoints")
-    saver.save(1, {"trainable": jax.tree.map(jnp.asarray, trained)}, {"config": to_dict(train)}, num_vocab=261)
+    saver.save(1, jax.tree.map(jnp.asarray, branches), {"config": to_dict(train)}, num_vocab=261)
     saver.wait()
-    model = pretrained.load(tmp_path)
-    assert same(model.params, tree.merge(trained, {"embed": random_params()["embed"]}))
+    frozen = {"embed": random_params()["embed"]}
+    assert same(pretrained.load(tmp_path).params, tree.merge(branches["ema"], frozen))
+    following = replace(train, init_from=str(tmp_path))
+    begun = pretrain.starting_params(following, decoder(CONFIG), sharding.make_mesh(MeshConfig(data=1)))
+    assert same(begun, tree.merge(branches["trainable"], frozen))
+
+
+def test_samples_compile_once(monkeypatch: pytest.MonkeyPatch):
+    made = []
+    generator = pretrain.generator
+    monkeypatch.setattr(pretrain, "generator", lambda *arguments: made.append(generator(*arguments)) or made[-1])
+    config = replace(CONFIG, num_layers=1, max_length=128)
+    sample = pretrain.experiment(TrainConfig(model=config), precision="float32", prompts=("ab", "c")).sample
+    assert sample is not None and not made
+    dataset = SimpleNamespace(tokenizer=ByteTokenizer())
+    rows = [sample(random_params(config, seed=seed), dataset, sharding.make_mesh(MeshConfig(data=1))) for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2] and [row["prompt"] for row in rows[0]] == ["ab", "c"]
+    assert len(made) == 1 and made[0].prefill._cache_size() == made[0].decode._cache_size() == 1
 
 
 def test_a_model_without_a_tokenizer_says_so_when_it_is_asked(tmp_path: Path):

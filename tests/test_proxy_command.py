@@ -279,6 +279,15 @@ def test_eval_scores_by_the_proxy_and_takes_no_answer_of_other_settings(folders:
     assert len({one["key"] for one in both}) == 2, "the base's answers are its own"
 
 
+def test_small_models_may_lie_in_the_cache(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JAXLLM_CACHE", str(Path(folders["base"]).parent))
+    flags = ProxyFlags(expert="cache://expert", anti_expert="cache://anti", expert_chat="True")
+    there = replace(flags, expert=folders["expert"], anti_expert=folders["anti"])
+    assert proxy.describe(flags) == proxy.describe(there)
+    made = proxy.steered(pretrained.load("cache://base"), flags, checkpoint="cache://base")
+    assert made.reader is not None and made.reader.template == TEMPLATE and made.reader.tokenizer.num_vocab == 259
+
+
 def test_what_decides_an_answer_is_told_by_content(folders: dict[str, str], tmp_path: Path):
     flags = ProxyFlags(expert=folders["expert"], anti_expert=folders["anti"])
     (tmp_path / "t.jinja").write_text(TEMPLATE)

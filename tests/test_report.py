@@ -172,6 +172,16 @@ def test_what_is_missing_is_said(tmp_path):
     assert tmp_path.name in words
 
 
+def test_results_of_a_run_that_went_on_are_not_its_own(tmp_path):
+    make_run(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    for steps, is_own in ((300, False), (400, True)):
+        (tmp_path / "results.json").write_text(json.dumps(results | {"steps": steps}))
+        words = render(tmp_path).words()
+        assert ("2.34 bits per byte" in words) == is_own
+        assert ("results.json is of step 300, where the run ended before it went on to 400." in words) != is_own
+
+
 @pytest.mark.parametrize("name", ["config.json", "results.json", "environment.json", "data.json", "samples.jsonl", "metrics.jsonl"])
 def test_a_torn_file_costs_only_its_own_part(tmp_path, name):
     make_run(tmp_path, num_records=3)

@@ -10,8 +10,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from jaxllm import files, metrics, rundir
 from jaxllm.checkpoint import Checkpointer, verify
-from jaxllm.config import ConfigError, TrainConfig
+from jaxllm.config import ConfigError, DistillConfig, OptimConfig, TrainConfig
 from jaxllm.files import PartWriter, file_system, files_in, listing, local_copies, path_of, with_parts, write_atomic, written_here
 from tests.runs import SIGKILL, TINY, Run, corpus, losses, train
 
@@ -121,6 +125,44 @@ def test_data_are_copied_once_and_again_when_they_change(bucket: str, tmp_path: 
 # -------------------------------------------------------------------------------------------- the record
 
 
+def weights(folder: Path, text: str) -> str:
+    """What a fingerprint reads of a checkpoint; its path."""
+    (folder / "checkpoints" / "00000001").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "00000001" / "manifest-0-of-1.json").write_text(text)
+    return str(folder)
+
+
+def test_a_run_that_goes_on_keeps_the_record_of_weights_that_have_changed_or_gone(tmp_path: Path):
+    parent, teacher = weights(tmp_path / "parent", "a"), weights(tmp_path / "teacher", "b")
+    config = TrainConfig(run_dir=str(tmp_path / "run"), init_from=parent, distill=DistillConfig(teachers=((teacher, 1.0),)))
+    with rundir.claim(config) as folder:
+        rundir.record(config, "float32", folder)
+        first = rundir.recorded(config)
+        weights(tmp_path / "parent", "trained on")
+        rundir.record(config, "float32", folder)
+        assert rundir.recorded(config) == first and len({first["parent_fingerprint"], first["teachers"][teacher]} - {None}) == 2
+        files.remove_tree(tmp_path / "parent")
+        rundir.record(config, "float32", folder)
+        assert rundir.recorded(config) == first
+        with pytest.raises(ConfigError, match="there are others now"):
+            weights(tmp_path / "parent", "trained on")
+            rundir.check_parent(first, parent)
+
+
+def test_a_field_that_was_not_recorded_then_counts_as_its_default(tmp_path: Path):
+    config = TrainConfig(run_dir=str(tmp_path / "run"))
+    with rundir.claim(config) as folder:
+        rundir.record(config, "float32", folder)
+    old = rundir.recorded(config)
+    del old["config"]["bitnet"], old["config"]["optim"]["noise_scale"], old["config"]["data"]["sources"][0]["loss_on"]
+    rundir.write_json(folder / "config.json", old)
+    with rundir.claim(config):
+        pass
+    changed = replace(config, optim=OptimConfig(num_microbatches=2, noise_scale=True))
+    with pytest.raises(ConfigError, match=r"optim\.noise_scale: False → True"), rundir.claim(changed):
+        pass
+
+
 def test_metrics_go_into_numbered_parts_and_come_back_in_order(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files, "PART_BYTES", 200)
     monkeypatch.setattr(files, "PART_SECONDS", 0.0)
@@ -188,6 +230,92 @@ def test_checkpoints_are_saved_verified_and_set_aside(bucket: str):
 
 
 # ------------------------------------------------------------------------------------------------ leases
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> MemoryFileSystem:
+    """A store in this process's memory."""
+    monkeypatch.setitem(files.STORES, "memory", ("fsspec", "memory"))
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(rundir, "LEASE_SECONDS", 1.5)
+    return MemoryFileSystem()
+
+
+LOCK = "memory://bucket/run/.lock"
+
+
+@pytest.mark.parametrize(
+    "store, before",
+    [("creates conditionally", ""), ("does not", ""), ("ignores the condition", ""), ("does not", "somebody who was killed 3")],
+)
+def test_of_two_that_start_at_once_one_trains(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, store: str, before: str):
+    plain, read = MemoryFileSystem.pipe_file, MemoryFileSystem.cat_file
+    together, starting = threading.Barrier(2), threading.local()
+
+    def pipe_file(self: Any, path: str, value: bytes, mode: str = "overwrite") -> None:
+        if mode == "create" and store == "does not":
+            raise NotImplementedError
+        plain(self, path, value, mode if store == "creates conditionally" else "overwrite")
+
+    def cat_file(self: Any, path: str) -> Any:
+        found = read(self, path) if memory.exists(path) else None
+        if not hasattr(starting, "read"):  # the first look of each
+            starting.read = together.wait(10)
+        if found is None:
+            raise FileNotFoundError(path)
+        return found
+
+    if before:
+        memory.pipe_file(LOCK, before.encode())
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", pipe_file)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+
+    def start(number: int) -> str:
+        try:
+            with rundir._lease("memory://bucket/run"):
+                time.sleep(0.3)
+        except ConfigError as error:
+            return str(error)
+        return "trained"
+
+    with ThreadPoolExecutor(2) as pool:
+        told = sorted(pool.map(start, range(2)))
+    assert told == ["another process is training in memory://bucket/run; stop it first, or choose another --run_dir", "trained"]
+    assert not memory.exists(LOCK)
+
+
+@pytest.mark.parametrize("now", ["another 0", ""])
+def test_one_that_was_taken_for_dead_ends_and_leaves_the_other_its_lease(
+    memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, now: str
+):
+    ended: list[str] = []
+
+    def wait_for(happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not happened():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    monkeypatch.setattr(rundir, "_end", ended.append)
+    monkeypatch.setattr(rundir, "LEASE_SECONDS", 0.5)
+    with rundir._lease("memory://bucket/run"):
+        wait_for(lambda: memory.cat_file(LOCK).endswith(b" 1"))
+        memory.rm_file(LOCK)
+        if now:
+            memory.pipe_file(LOCK, now.encode())
+        wait_for(lambda: bool(ended))
+    assert len(ended) == 1 and "memory://bucket/run is another process's now" in ended[0]
+    assert (memory.cat_file(LOCK).decode() if memory.exists(LOCK) else "") == now
+
+
+def test_a_process_that_is_refused_leaves_the_folder_to_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = TrainConfig(run_dir=str(tmp_path / "run"))
+    with rundir.claim(config) as folder:
+        monkeypatch.setattr(Path, "exists", lambda self: False)  # the other has looked before it was made
+        with pytest.raises(ConfigError, match="another process is training"), rundir.claim(config):
+            pass
+        monkeypatch.undo()
+        assert (folder / ".lock").exists()
 
 
 def test_one_process_at_a_time_and_a_dead_one_is_followed(bucket: str, monkeypatch: pytest.MonkeyPatch):

@@ -260,6 +260,14 @@ def test_a_field_that_is_added_later_changes_no_fingerprint() -> None:
     assert jobs.described(newer(later=4)) == {"later": 4}
 
 
+def test_committed_rows_have_the_fingerprints_of_their_jobs() -> None:
+    from experiments.gqa_uptrain import small
+
+    rows = results.read(Path(__file__).parent.parent / "docs" / "results" / f"{small.name}.jsonl")
+    here = {job.fingerprint for arm in small.arms for job in jobs.jobs_of(small, arm, rows)}
+    assert here & {row["config"] for row in rows}, "no row is known any more: what goes into a fingerprint has changed"
+
+
 # ---------------------------------------------------------------------------------- signals, time, precision
 
 

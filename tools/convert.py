@@ -27,6 +27,7 @@ import numpy as np
 from jaxllm import cli
 from jaxllm.config import ConfigError, MeshConfig, ModelConfig, nearest
 from jaxllm.evals.records import encodable
+from jaxllm.files import path_of
 from jaxllm.flags import parse_flags
 
 USAGE = f"""usage: {(__doc__ or "").split("    ", 1)[1].split("What may")[0].rstrip()}
@@ -154,7 +155,7 @@ def from_hf(source: str, out: str, options: FromOptions) -> None:
     from jaxllm.surgery import bitnet
     from tools import check, hf_text, hub
 
-    folder = Path(source).expanduser() if Path(source).expanduser().exists() else hub.snapshot(source, options.revision)
+    folder = path_of(source).expanduser() if path_of(source).expanduser().exists() else hub.snapshot(source, options.revision)
     found = hf.open_folder(folder)
     rounded, family = None, found.config["model_type"]
     if ternary.is_ternary(found.config):
@@ -266,14 +267,14 @@ def to_hf(checkpoint: str, out: str, options: ToOptions) -> None:
     from jaxllm.interop import hf
     from tools import check, hf_export
 
-    export = hf_export.prepare(Path(checkpoint).expanduser(), options.family, options.vocab_size, options.dtype)
+    export = hf_export.prepare(path_of(checkpoint).expanduser(), options.family, options.vocab_size, options.dtype)
     hf.write_folder(Path(out), export.tensors, export.files, max_shard_bytes=options.max_shard_bytes, say=say)
     values = json.loads(export.files["config.json"])
     say(f"wrote {out}: {values['architectures'][0]}, {len(export.tensors)} tensors in {values['torch_dtype']}")
     if packed := sum(math.prod(tensor.shape) for tensor in export.tensors.values() if tensor.dtype == np.uint8):
         say(f"projections in 2 bits a weight: {packed / 1e6:,.2f} MB, {8 * packed / 1e6:,.2f} MB in bfloat16")
     if options.check:
-        check.against("hf", Path(out), Path(checkpoint).expanduser(), options.check_python, options.check_text, say)
+        check.against("hf", Path(out), path_of(checkpoint).expanduser(), options.check_python, options.check_text, say)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 from jaxllm.config import ConfigError
 from jaxllm.data import tokenizer as ours
 from jaxllm.data.tokenizer import HuggingFace, SentencePiece, Tokenizer
+from jaxllm.files import path_of
 from jaxllm.interop.hf import read_json
 from jaxllm.pretrained import find_stop_ids
 
@@ -43,7 +44,7 @@ def given(path: str) -> tuple[Tokenizer, str | None]:
     Raises:
       ConfigError: there is none.
     """
-    where = Path(path).expanduser()
+    where = path_of(path).expanduser()
     tokenizer, template = read(where) if where.is_dir() else (None, None)
     tokenizer = tokenizer or ours.load(where)
     return tokenizer, template or tokenizer.chat_template

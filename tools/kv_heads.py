@@ -17,6 +17,7 @@ from jaxllm import __version__, checkpoint_slices, pretrained, tree
 from jaxllm.config import ConfigError, MeshConfig, ModelConfig
 from jaxllm.contract import Batch
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.files import path_of
 from jaxllm.interop.layout import leaf_shapes
 from jaxllm.interop.stored import Lazy
 from jaxllm.surgery import resize
@@ -50,7 +51,7 @@ def command(checkpoint: str, out: str, options: Options) -> None:
     Raises:
       ConfigError: as `resize.check`; nothing there, or a damaged checkpoint; `out` exists; svd without enough text.
     """
-    folder = Path(checkpoint).expanduser()
+    folder = path_of(checkpoint).expanduser()
     config, params = open_params(folder)
     if options.num_kv_heads is None:
         choices = [n for n in range(1, config.num_kv_heads + 1) if config.num_kv_heads % n == 0]
@@ -121,7 +122,7 @@ def by_svd(folder: Path, params: tree.Tree, config: ModelConfig, num_kv_heads: i
     if not options.calibration:
         raise ConfigError("--how svd weighs what heads do to real text: give --calibration FILE, text like that which the model will read")
     model = pretrained.load(folder, precision="float32")
-    tokens = text_rows(model.tokenizer, Path(options.calibration).expanduser(), options.calibration_tokens, min(256, config.max_length))
+    tokens = text_rows(model.tokenizer, path_of(options.calibration).expanduser(), options.calibration_tokens, min(256, config.max_length))
     moments = resize.input_moments(model.lm, model.params, (whole_rows(tokens[i : i + 4]) for i in range(0, len(tokens), 4)))
     del model
     attention = jax.tree.map(lambda leaf: np.asarray(leaf[:]), params["layers"]["attention"])

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxllm import __version__, checkpoint, checkpoint_slices, manifest, pretrained, rundir, tree
 from jaxllm.config import ConfigError, LoraConfig, MeshConfig, OptimConfig, PrefixConfig, TrainConfig, config_hash, from_dict, to_dict
-from jaxllm.files import new_folder, sync
+from jaxllm.files import new_folder, path_of, sync
 from jaxllm.interop import hf, peft
 from jaxllm.interop.layout import leaf_shapes
 from jaxllm.interop.stored import Lazy, whole
@@ -98,7 +98,7 @@ def open_run(folder: Path) -> Run:
             return Run(first, leaves, base, sorted(changed))
         if not config.init_from:
             return Run(first, leaves, base, sorted(changed))
-        parent = Path(config.init_from).expanduser()
+        parent = path_of(config.init_from).expanduser()
         if not parent.exists():
             raise ConfigError(f"the run in {folder} began from {parent}, which is not there; bring it back")
         rundir.check_parent(rundir.read_json(rundir.root_of(folder) / "config.json"), config.init_from)
@@ -133,7 +133,7 @@ def from_peft(adapter: str, base: str, out: str, options: FromOptions) -> None:
     Raises:
       ConfigError: as `peft.read`; no adapter there, or a pickled one; made for another base; a base with adapters of its own; `out` exists.
     """
-    folder, parent = _adapter_folder(Path(adapter).expanduser(), options.adapter), Path(base).expanduser().absolute()
+    folder, parent = _adapter_folder(path_of(adapter).expanduser(), options.adapter), path_of(base).expanduser().absolute()
     values = hf.read_json(folder / _CONFIG, f"{folder} has no {_CONFIG}")
     config = _config(parent)
     if own := _added(config):
@@ -147,7 +147,7 @@ def from_peft(adapter: str, base: str, out: str, options: FromOptions) -> None:
     lora = found.config if isinstance(found.config, LoraConfig) else LoraConfig()
     states = found.config if isinstance(found.config, PrefixConfig) else PrefixConfig()
     train = TrainConfig(
-        name=Path(out).expanduser().absolute().name,
+        name=path_of(out).expanduser().absolute().name,
         model=config.model,
         lora=lora,
         prefix=states,
@@ -252,7 +252,7 @@ def to_peft(run: str, out: str, options: ToOptions) -> None:
     Raises:
       ConfigError: as `peft.write`; a run without adapters, or one that trained more than them; `out` exists.
     """
-    opened = open_run(Path(run).expanduser())
+    opened = open_run(path_of(run).expanduser())
     config, base = opened.config, opened.base
     if not _added(config):
         raise ConfigError(f"{run} has no adapters; python -m tools.convert to-hf {run} OUT writes the whole model")
@@ -278,7 +278,7 @@ def to_peft(run: str, out: str, options: ToOptions) -> None:
     record = rundir.read_json(origin.folder / pretrained.CONVERSION) if origin.folder else {}
     came = record.get("from") if record.get("kind") == "huggingface" else None  # a GGUF file is nothing that PEFT could load
     beside = {"base_fingerprint": manifest.fingerprint(base), "base": base.name, "family": name, "converter": f"jaxllm {__version__}"}
-    _write(Path(out).expanduser() / options.adapter, made, came, beside)
+    _write(path_of(out).expanduser() / options.adapter, made, came, beside)
     _say_windows(config)
 
 
@@ -326,7 +326,7 @@ def merge(run: str, out: str, options: MergeOptions) -> None:
     Raises:
       ConfigError: no deltas, or a prefix or adapter layers too, which no weights can hold; `out` exists.
     """
-    opened = open_run(Path(run).expanduser())
+    opened = open_run(path_of(run).expanduser())
     config = opened.config
     for kind in _added(config):
         if kind != "low-rank deltas":
@@ -335,7 +335,7 @@ def merge(run: str, out: str, options: MergeOptions) -> None:
         raise ConfigError(f"{run} has no low-rank deltas to fold in")
     if lost := sorted(set(leaf_shapes(config.model)) - set(opened.leaves)):
         raise ConfigError(f"{run} began from random weights that were never saved ({lost[0]}, …); there is nothing to fold its deltas into")
-    folder = Path(run).expanduser()
+    folder = path_of(run).expanduser()
     tokenizer, template, stop_ids = pretrained.load_text(folder)
     origin = hf_export.find_origin(folder)
     base = opened.base or folder

@@ -28,6 +28,7 @@ from jaxllm import __version__, cli, manifest, pretrained, tree
 from jaxllm.config import ConfigError, MeshConfig, ModelConfig
 from jaxllm.contract import LM, Batch, Params
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.files import path_of
 from jaxllm.flags import parse_flags
 from jaxllm.interop import families
 from jaxllm.interop.stored import Lazy
@@ -123,7 +124,7 @@ def command(checkpoint: str, out: str, options: Options) -> None:
       ConfigError: nothing there, or a damaged checkpoint; `out` exists; a shape that cannot be had; scores of other weights; no text
         where one is needed; as `prune.keep`.
     """
-    folder, target = Path(checkpoint).expanduser(), Path(out).expanduser()
+    folder, target = path_of(checkpoint).expanduser(), path_of(out).expanduser()
     config, params = open_params(folder)
     prune.check(params, config)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -207,7 +208,7 @@ def find_scores(folder: Path, target: Path, config: ModelConfig, options: Option
     """Scores at random, out of the file, or measured now and left in the file."""
     if options.random is not None:
         return importance.random(config, options.random)
-    path = Path(options.scores).expanduser() if options.scores else target.with_name(f"{target.name}.scores.npz")
+    path = path_of(options.scores).expanduser() if options.scores else target.with_name(f"{target.name}.scores.npz")
     fingerprint = manifest.fingerprint(folder)
     if path.exists():
         scores = importance.load(path, fingerprint)
@@ -234,7 +235,7 @@ def _text_name(options: Options) -> str:
     if not options.text:
         return ""
     amounts = f" {options.text_tokens} {options.row_tokens}".encode()
-    return f"text {hashlib.sha256(Path(options.text).expanduser().read_bytes() + amounts).hexdigest()[:8]}"
+    return f"text {hashlib.sha256(path_of(options.text).expanduser().read_bytes() + amounts).hexdigest()[:8]}"
 
 
 def opened(folder: Path, options: Options) -> tuple[pretrained.Pretrained, list[Batch]]:
@@ -243,7 +244,7 @@ def opened(folder: Path, options: Options) -> tuple[pretrained.Pretrained, list[
         raise ConfigError("what matters shows on a text: give --text FILE, text like that which the model will read (or --random SEED)")
     model = pretrained.load(folder, precision="float32")
     length = min(options.row_tokens, model.config.max_length)
-    rows = text_rows(model.tokenizer, Path(options.text).expanduser(), options.text_tokens, length)
+    rows = text_rows(model.tokenizer, path_of(options.text).expanduser(), options.text_tokens, length)
     return model, [whole_rows(rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)]
 
 

@@ -27,7 +27,7 @@ from jaxllm.config.train import (
     SpikeConfig,
     TrainConfig,
 )
-from jaxllm.config.values import config_hash, diff, from_dict, hashed_values, to_dict
+from jaxllm.config.values import chosen_values, config_hash, diff, from_dict, hashed_values, to_dict
 
 __all__ = [
     "NOT_HASHED",
@@ -53,6 +53,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "check_choices",
+    "chosen_values",
     "config_hash",
     "diff",
     "from_dict",

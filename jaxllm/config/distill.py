@@ -20,7 +20,7 @@ class DistillConfig:
     kind: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "soft_ce"] = "forward_kl"
     """Minitron: forward_kl, and no ce. FuseLLM: soft_ce. GKD: jensen_shannon."""
     temperature: float = 1.0
-    """Divides the logits of student and teacher; the divergence is multiplied by its square."""
+    """Divides the logits of student and teacher; the divergence is multiplied by its square. soft_ce has none."""
     beta: float = 0.5
     """jensen_shannon: the teacher's share of the mixture; near 0 is forward KL, near 1 reverse KL."""
     tail: Literal["rest", "renormalise", "drop", "uniform"] = "rest"
@@ -28,7 +28,9 @@ class DistillConfig:
     ce: float = 0.0
     """Weight of the text's own next-token loss."""
     ce_end: float | None = None
-    """Its weight at the last step, linear in between; the teachers' weights then shrink or grow as 1 - ce does."""
+    """Its weight at the last step, linear in between; without `weight_end` the teachers' weights then shrink or grow as 1 - ce does."""
+    weight_end: float | None = None
+    """What the teachers' weights are multiplied by at the last step, linear in between from 1; 0: the text alone has the last word."""
     states: Literal["none", "cosine", "mse"] = "none"
     """Also hold hidden states against the first teacher's, through a map from width to width that is learned and then dropped."""
     state_layers: tuple[tuple[int, int], ...] = ((0, 0), (-1, -1))
@@ -71,13 +73,21 @@ class DistillConfig:
                 f"distill.on_policy_tokens is {self.on_policy_tokens}, on_policy_prompt {self.on_policy_prompt} and on_policy_temperature "
                 f"{self.on_policy_temperature}; the first two are at least 1 and the last is positive"
             )
-        for name in ("ce", "ce_end", "state_weight"):
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ConfigError(f"distill.temperature is {self.temperature}; it must be positive and finite")
+        if self.kind == "soft_ce" and self.temperature != 1.0:
+            raise ConfigError(
+                f"distill.kind 'soft_ce' has no temperature but 1, and distill.temperature is {self.temperature}; set it to 1, or take "
+                "kind forward_kl"
+            )
+        for name in ("ce", "ce_end", "weight_end", "state_weight"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"distill.{name} is {value}; it must be at least 0 and finite")
-        if self.ce_end is not None and self.ce == 1.0:
+        if self.ce_end is not None and self.weight_end is None and self.ce == 1.0:
             raise ConfigError(
-                "distill.ce_end scales the teachers' weights by (1 - ce(step)) / (1 - ce), and distill.ce is 1; start below 1"
+                "distill.ce_end scales the teachers' weights by (1 - ce(step)) / (1 - ce), and distill.ce is 1; start below 1, or say with "
+                "distill.weight_end what becomes of them"
             )
 
     @property

@@ -6,9 +6,9 @@
         position = item.next_position          # what a checkpoint keeps
 
 A row of the run is found by cumulative sums: batch id -> first row (the batch ramp), row -> source and epoch
-(`mixture.py`), row of the epoch -> pieces of documents (`packing.py`) -> tokens (`corpus.py`). So resuming reads
-nothing that came before, skipping a batch moves no other, and hosts differ only in which rows they read. A Hugging
-Face stream (`stream.py`) is the exception.
+(`mixture.py`), row of the epoch -> pieces of documents (`packing.py`) -> tokens (`corpus.py`). So of earlier epochs
+resuming reads only how many rows each had, skipping a batch moves no other, and hosts differ only in which rows they
+read. A Hugging Face stream (`stream.py`) is the exception.
 """
 
 from __future__ import annotations
@@ -165,8 +165,7 @@ class Dataset:
         if self._rows:
             for entry, packed in zip(out["sources"], self._rows.packed, strict=True):
                 entry.update(packed.corpus.meta)
-            plans = [packed.plan(0) for packed in self._rows.packed]
-            num_rows, num_inputs = sum(plan.num_rows for plan in plans), sum(int(plan.lengths.sum()) for plan in plans)
+            num_rows, num_inputs = (sum(numbers) for numbers in zip(*(packed.counts(0) for packed in self._rows.packed), strict=True))
             padding = 1 - num_inputs / (num_rows * self.config.sequence_length)
             out["first_epoch"] = {"num_rows": num_rows, "num_inputs": num_inputs, "padding": padding}
         return out
@@ -313,7 +312,7 @@ def _trained(config: DataConfig, sources: Sequence[Source], fraction: float, cac
 
 def _check(config: DataConfig, sources: Sequence[Source], packed: Sequence[PackedCorpus]) -> None:
     """Refuse to train on nothing, or on less than one batch."""
-    counts = [p.plan(0).num_rows for p in packed]
+    counts = [p.counts(0).num_rows for p in packed]
     for source, p, num in zip(sources, packed, counts, strict=True):
         if num == 0:
             raise ConfigError(

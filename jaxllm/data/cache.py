@@ -23,7 +23,7 @@ from pathlib import Path
 import xxhash
 
 from jaxllm.config import ConfigError, DataConfig
-from jaxllm.files import cache_home, sync
+from jaxllm.files import cache_home, sync, write_atomic
 
 _BLOCK_BYTES = 1 << 22
 _HASHED_BLOCKS = 256
@@ -66,7 +66,7 @@ def folder(target: Path, build: Callable[[Path], object], say: Callable[[str], N
     """
     if target.exists() and _damage(target) is None:
         return target
-    try:
+    with _saying_why(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_name(f".{target.name}.lock")) as alone:
             if target.exists():
@@ -90,6 +90,38 @@ def folder(target: Path, build: Callable[[Path], object], say: Callable[[str], N
                 sync(target.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def remembered(file: Path, name: str, count: Callable[[], Sequence[int]]) -> list[int]:
+    """What `file`, a few numbers for each of many names, has for `name`; counted and put there if it has nothing, or was damaged.
+
+    Raises:
+      ConfigError: the disk is full or refuses.
+    """
+    if name in (known := _numbers(file)):
+        return known[name]
+    numbers = list(count())
+    with _saying_why(file), _lock(file.with_name(f".{file.name}.lock")) as alone:
+        if alone:
+            known = _numbers(file) | {name: numbers}
+            write_atomic(file, json.dumps({"numbers": known, "key": key(known)}).encode())
+    return numbers
+
+
+def _numbers(file: Path) -> dict[str, list[int]]:
+    try:
+        kept = json.loads(file.read_bytes())
+        return kept["numbers"] if kept["key"] == key(kept["numbers"]) else {}
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return {}
+
+
+@contextlib.contextmanager
+def _saying_why(target: Path) -> Iterator[None]:
+    """A disk that is full or refuses, as a ConfigError."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in _REFUSALS and error.errno is not None:
             raise
@@ -97,7 +129,6 @@ def folder(target: Path, build: Callable[[Path], object], say: Callable[[str], N
         raise ConfigError(
             f"cannot write {error.filename or target} ({why}); free some space or set data.cache_dir to another disk"
         ) from error
-    return target
 
 
 def _damage(target: Path) -> str | None:

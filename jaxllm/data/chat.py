@@ -13,6 +13,7 @@ separates turns.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -34,7 +35,7 @@ class Piece(NamedTuple):
     text: str
     loss: bool
     special: bool = False
-    """Names of special tokens in the text are those tokens: only what a template wrote."""
+    """Names of special tokens in the text are those tokens: what a template wrote, and nothing of a message's role or content."""
     ends: bool = False
     """eos follows, and carries loss as the text does."""
 
@@ -57,7 +58,10 @@ def encode(documents: Sequence[Document], tokenizer: Tokenizer, loss_on: str) ->
         raise ConfigError(
             "the tokenizer has no eos token to end documents with; name one as eos_token in a tokenizer_config.json beside it"
         )
-    split = [[part for piece in pieces(document, tokenizer.chat_template, loss_on) for part in _parts(piece)] for document in documents]
+    split = [
+        [part for piece in pieces(document, tokenizer.chat_template, loss_on, tokenizer.special_names) for part in _parts(piece)]
+        for document in documents
+    ]
     ids = {special: _ids(tokenizer, [p.text for ps in split for p in ps if p.special is special], special) for special in (False, True)}
     return [_join([(part, next(ids[part.special])) for part in parts], tokenizer) for parts in split]
 
@@ -69,7 +73,9 @@ def prompt_ids(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, temp
       ConfigError: the template refuses these messages, or the tokenizer has no eos to end turns with.
     """
     if template:
-        ids = list(tokenizer.encode(_render(messages, template, generation=True), special=True))
+        messages, mark = _hidden(messages, template, tokenizer.special_names)
+        whole = Piece(_render(messages, template, generation=True), False, special=True)
+        ids = [id for piece in _shown(whole, tokenizer.special_names, mark) for id in tokenizer.encode(piece.text, special=piece.special)]
     elif tokenizer.eos_id is None:
         raise ConfigError("a chat needs a chat template or a tokenizer with an eos token, and this checkpoint has neither; use --prompt")
     else:
@@ -120,17 +126,23 @@ def _join(parts: Sequence[tuple[Piece, np.ndarray]], tokenizer: Tokenizer) -> En
     return Encoded(ids, np.concatenate([np.full(len(run), loss) for run, loss in runs]))
 
 
-def pieces(document: Document, template: str | None, loss_on: str) -> list[Piece]:
+def pieces(document: Document, template: str | None, loss_on: str, special_names: tuple[str, ...] = ()) -> list[Piece]:
     """The document's text in order; a prompt carries no loss, and with loss_on 'assistant' only the assistant's turns do.
 
     Spaces at the end of a prompt move to the completion, where tokenizers expect them: ' Paris', not 'Paris'.
+
+    Args:
+      special_names: the tokenizer's, the longest first.
 
     >>> pieces(Document(text='Paris', prompt='Capital of France? '), None, 'completion')[1].text
     ' Paris'
     """
     if document.messages:
         everything = loss_on != "assistant"
-        return _templated(document.messages, template, everything) if template else _plain(document.messages, everything)
+        if not template:
+            return _plain(document.messages, everything)
+        messages, mark = _hidden(document.messages, template, special_names)
+        return [part for piece in _templated(messages, template, everything) for part in _shown(piece, special_names, mark)]
     if not document.prompt:
         return [Piece(document.text, True)]
     prompt = document.prompt.rstrip(" ")
@@ -165,6 +177,35 @@ def _templated(messages: Sequence[Mapping[str, str]], template: str, everything:
         out += [Piece(whole[done : len(before)], False, special=True), Piece(after[len(before) :], True, special=True)]
         done = len(after)
     return [piece for piece in (*out, Piece(whole[done:], everything, special=True)) if piece.text]
+
+
+def _hidden(messages: Sequence[Mapping[str, str]], template: str, names: tuple[str, ...]) -> tuple[Sequence[Mapping[str, str]], str]:
+    """(the messages with mark, number, mark for each of these names in them, so that the template's are all that rendering shows; mark).
+
+    The mark is a character that occurs nowhere else, or '' where no message holds a name.
+    """
+    text = "\n".join(value for message in messages for value in message.values() if isinstance(value, str))
+    if not any(name in text for name in names):
+        return messages, ""
+    mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in text + template)
+    hide = lambda match: f"{mark}{names.index(match[0])}{mark}"
+    change = lambda value: re.sub(_any_of(names), hide, value) if isinstance(value, str) else value
+    return [{key: change(value) for key, value in message.items()} for message in messages], mark
+
+
+def _shown(piece: Piece, names: tuple[str, ...], mark: str) -> Iterator[Piece]:
+    """The piece with hidden names back in it, as text; cut, where a message held any, at the names that the template wrote."""
+    if not mark:
+        yield piece
+        return
+    show = lambda match: names[int(match[1])]
+    for number, text in enumerate(re.split(f"({_any_of(names)})", piece.text)):
+        if text:
+            yield piece._replace(text=re.sub(f"{mark}([0-9]+){mark}", show, text), special=number % 2 == 1)
+
+
+def _any_of(names: Sequence[str]) -> str:
+    return "|".join(map(re.escape, names))
 
 
 def _render(messages: Sequence[Mapping[str, str]], template: str, generation: bool = False) -> str:

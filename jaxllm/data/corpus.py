@@ -6,7 +6,7 @@ A corpus folder holds
     toggles.npy  flat positions at which "carries loss as a label" changes; it begins as yes
     hashes.npy   [num] uint64 that decide which documents are held out
     sizes.npy    [num] bytes of text
-    meta.json    and, beside them, the packing plans (`packing.py`)
+    meta.json    and, beside them, the packing plans (`packing.py`) and how many rows each has (counts-*.json)
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from jaxllm.config import SourceConfig
 from jaxllm.data import cache as caching
 from jaxllm.data.chat import encode
 from jaxllm.data.packing import permute
-from jaxllm.data.source import Document, Source
+from jaxllm.data.source import Document, Parquet, Source
 from jaxllm.data.tokenizer import Tokenizer
 
 _VERSION = "v1"
 _GROUP_CHARS = 1 << 20
 _GROUP_DOCUMENTS = 4096
+_PARTS = 8
+"""Visits to a group of rows: more mix a sample better, and read more."""
 
 
 class Corpus:
@@ -166,8 +168,20 @@ def sample(sources: Iterable[Source], fraction: float) -> Iterator[str]:
 
 
 def _training_text(source: Source, fraction: float) -> Iterator[str]:
-    for start in range(0, len(source), _GROUP_DOCUMENTS):
-        for i in permute(np.arange(start, min(start + _GROUP_DOCUMENTS, len(source))), len(source), key=0):
-            document = source[int(i)]
-            if not held_out_by_hash(np.array([split_hash(document)], np.uint64), fraction)[0]:
-                yield document.content
+    for i in _mixed(source):
+        document = source[i]
+        if not held_out_by_hash(np.array([split_hash(document)], np.uint64), fraction)[0]:
+            yield document.content
+
+
+def _mixed(source: Source) -> Iterator[int]:
+    """Every index once, in a fixed pseudo-random order; of a source that reads whole groups of rows, an eighth of a group at a time."""
+    if not isinstance(source, Parquet):
+        for start in range(0, len(source), _GROUP_DOCUMENTS):
+            yield from permute(np.arange(start, min(start + _GROUP_DOCUMENTS, len(source))), len(source), key=0).tolist()
+        return
+    starts, ends = [0, *source.ends[:-1].tolist()], source.ends.tolist()
+    groups = permute(np.arange(len(ends)), len(ends), key=0).tolist()
+    for part in range(_PARTS):
+        for start, end in ((starts[group], ends[group]) for group in groups):
+            yield from (start + permute(np.arange(part, end - start, _PARTS), end - start, key=0)).tolist()

@@ -126,8 +126,9 @@ class HeldOut:
                 labels = np.arange(start + 1, start + 1 + length)
                 num_bytes = int((size_of[corpus.tokens[labels]] * corpus.carries_loss(labels)).sum())
                 if start == begin and self.tokenizer.bos_id is not None and corpus.carries_loss(labels[:1])[0]:
-                    # A space that the tokenizer put in front of the document is not in its text.
-                    num_bytes -= int(size_of[corpus.tokens[begin:end]].sum() - corpus.sizes[owner])
+                    # A space that the tokenizer put before the document is not in its text; what a chat's template wrote counts.
+                    longer = size_of[corpus.tokens[begin:end]].sum() > corpus.sizes[owner]
+                    num_bytes -= longer and self.tokenizer.token_bytes(int(corpus.tokens[begin + 1])).startswith(b" ")
                 index = document + int(np.searchsorted(packed.documents, owner))
                 out.append(Window(int(row_of[row + r]), index, labels[0] - begin, labels[-1] + 1 - begin, num_bytes))
             row, document = row + plan.num_rows, document + len(packed.documents)

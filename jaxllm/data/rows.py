@@ -9,7 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,17 @@ _OPEN_PLANS = 8
 _ENDLESS = 1 << 40
 
 
+class Counts(NamedTuple):
+    """Of one epoch's plan."""
+
+    num_rows: int
+    num_inputs: int
+
+
 class PackedCorpus:
     """One corpus with its plan of every epoch, each planned once and kept beside the corpus.
+
+    No plan is ever deleted: another run, on another host too, may have it mapped, and a mapped file that goes ends its reader.
 
     Args:
       held_out: which side of the held-out split; None for all documents.
@@ -66,12 +75,24 @@ class PackedCorpus:
         plan = self._plans.get(epoch)
         if plan is None:
             key = None if self.key is None else combine(self.key, epoch)
-            name = caching.key(_VERSION, self.held_out, self.fraction, self.sequence_length, self.packing, self.separate, key)
-            folder = caching.folder(self.corpus.folder / f"plan-{name}", lambda to: self._make(key).save(to))
+            folder = caching.folder(self.corpus.folder / f"plan-{self._name(key)}", lambda to: self._make(key).save(to))
             self._plans[epoch] = plan = Plan.load(folder)
             while len(self._plans) > _OPEN_PLANS:
                 self._plans.popitem(last=False)
         return plan
+
+    def counts(self, epoch: int) -> Counts:
+        """Of one epoch; once counted, its plan is not opened for them."""
+        epoch = 0 if self.key is None else epoch
+
+        def count() -> Counts:
+            plan = self.plan(epoch)
+            return Counts(plan.num_rows, int(plan.lengths.sum()))
+
+        return Counts(*caching.remembered(self.corpus.folder / f"counts-{self._name(self.key)}.json", str(epoch), count))
+
+    def _name(self, key: int | None) -> str:
+        return caching.key(_VERSION, self.held_out, self.fraction, self.sequence_length, self.packing, self.separate, key)
 
     def _make(self, key: int | None) -> Plan:
         return make_plan(self.corpus.offsets, self.documents, self.sequence_length, self.packing, separate=self.separate, key=key)
@@ -96,7 +117,7 @@ class Rows:
         self, packed: Sequence[PackedCorpus], config: DataConfig, key: int | None, fill_id: int, taught: Mapping[str, Sequence[Taught]] = {}
     ) -> None:
         self.packed, self.config, self.key, self.fill_id, self.taught = list(packed), config, key, fill_id, dict(taught)
-        self.order = Order(config, lambda source, epoch: self.packed[source].plan(epoch).num_rows, key)
+        self.order = Order(config, lambda source, epoch: self.packed[source].counts(epoch).num_rows, key)
 
     def __reduce__(self) -> Any:
         return Rows, (self.packed, self.config, self.key, self.fill_id, self.taught)

@@ -297,21 +297,22 @@ class Parquet(_Files):
                     )
             groups += [(file, group) for group in range(file.num_row_groups)]
         self._groups = groups
-        self._ends = np.cumsum([file.metadata.row_group(group).num_rows for file, group in groups], dtype=np.int64)
+        self.ends = np.cumsum([file.metadata.row_group(group).num_rows for file, group in groups], dtype=np.int64)
+        """[num_groups] one past the last row of each row group."""
         self._columns = sorted({name.split(".")[0] if name not in names else name for name in (config.field, config.prompt_field) if name})
         self._loaded: tuple[int, list[dict[str, Any]]] = (-1, [])
         if not len(self):
             raise ConfigError(f"data path '{config.path}' has no rows; put some in it")
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, index: int) -> Document:
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number = int(np.searchsorted(self.ends, index, side="right"))
         if self._loaded[0] != number:
             file, group = self._groups[number]
             self._loaded = (number, file.read_row_group(group, columns=self._columns).to_pylist())
-        start = int(self._ends[number - 1]) if number else 0
+        start = int(self.ends[number - 1]) if number else 0
         return from_record(self._loaded[1][index - start], self.config, lambda: f"row {index} of {self.config.path}")
 
 

@@ -41,6 +41,8 @@ class Tokenizer(Protocol):
     """Hash of everything that decides the ids."""
     chat_template: str | None
     """Jinja template of a chat, if the tokenizer brings one."""
+    special_names: tuple[str, ...]
+    """What `encode` reads as special tokens where it is asked to, the longest first."""
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without bos and eos. `special` reads names of special tokens in it as those tokens."""
@@ -125,6 +127,7 @@ class SentencePiece:
     """
 
     chat_template: str | None = None
+    special_names: tuple[str, ...] = ()
 
     def __init__(self, model: bytes, where: str = "tokenizer") -> None:
         self._model = model
@@ -246,6 +249,8 @@ class HuggingFace:
         added = self._plain.encode("", add_special_tokens=True).ids  # what the model saw in training
         bos = self._special("bos_token", "[CLS]")
         self.bos_id = bos if bos is not None and (added[:1] == [bos] or config.get("add_bos_token")) else None
+        special = {token.content for token in self._plain.get_added_tokens_decoder().values() if token.special}
+        self.special_names = tuple(sorted(special, key=lambda name: (-len(name), name)))
         self.chat_template = config.get("chat_template") if isinstance(config.get("chat_template"), str) else None
         self.fingerprint = hashlib.sha256(json.dumps([definition, self.bos_id, self.eos_id, self.chat_template]).encode()).hexdigest()
 
@@ -384,6 +389,7 @@ class ByteTokenizer:
     pad_id: int | None = 258
     fingerprint = "bytes"
     chat_template: str | None = None
+    special_names: tuple[str, ...] = ()
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The bytes of `text`."""

@@ -14,7 +14,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from jax.sharding import Mesh
@@ -26,6 +25,7 @@ from jaxllm.data import chat
 from jaxllm.data.tokenizer import HuggingFace, SentencePiece, Tokenizer
 from jaxllm.evals import generation
 from jaxllm.evals.records import encodable
+from jaxllm.files import path_of
 from jaxllm.models.proxy import Missing, Prompts, Tail, Trio, check_steering, check_vocab_size, own_prompts, proxy_lm
 from jaxllm.pretrained import Pretrained
 
@@ -81,7 +81,7 @@ def describe(flags: ProxyFlags) -> dict[str, Any]:
     if not flags.expert:
         return {}
     weights = {name: manifest.fingerprint(getattr(flags, name)) for name in ("expert", "anti_expert")}
-    talk = _template(flags, lambda: pretrained.load_text(Path(flags.expert).expanduser())[1])
+    talk = _template(flags, lambda: pretrained.load_text(path_of(flags.expert).expanduser())[1])
     digest = hashlib.sha256((talk or "plain").encode()).hexdigest()[:8] if flags.talks else ""
     return {name: getattr(flags, name) for name in PROXY} | weights | {"expert_chat": digest}
 
@@ -127,7 +127,7 @@ def _template(flags: ProxyFlags, own: Callable[[], str | None]) -> str | None:
     if "{{" in given or "{%" in given:
         return given
     try:
-        return Path(given).expanduser().read_text()
+        return path_of(given).expanduser().read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--expert_chat is {given!r}: neither True (the expert's own template), nor a Jinja template with '{{{{' in it, nor a file "
@@ -194,7 +194,7 @@ def steered(
     for name, folder in folders.items():
         flag = "--expert" if name == "expert" else "--anti_expert"
         config = pretrained.model_config(folder)
-        texts[name] = pretrained.load_text(Path(folder).expanduser())
+        texts[name] = pretrained.load_text(path_of(folder).expanduser())
         check_vocab_size(f"model of {flag}", config.vocab_size, base.config.vocab_size, flags.vocab_tail)
         check_vocabularies(base.tokenizer, texts[name][0], f"{flag} {folder}", flags.vocab_tail)
         hard = config.position == "learned"

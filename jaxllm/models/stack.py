@@ -30,7 +30,7 @@ REMAT: dict[str, Any] = {
         names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"], offload_src="device", offload_dst="pinned_host"
     ),
 }
-"""name -> what the backward pass finds in memory; `TrainConfig.remat` describes each."""
+"""name -> what the backward pass finds in memory. `TrainConfig.remat` describes each; `flops.REMAT` says the same in parts."""
 
 
 def run_layers(

@@ -18,6 +18,7 @@ import jax
 
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.contract import Params
+from jaxllm.flops import REMAT, Part, layer_params
 from jaxllm.plan.links import Collective
 from jaxllm.step import TrainState
 
@@ -112,7 +113,7 @@ def memory(
     gradients = next(buffer.num_bytes for buffer in state if buffer.name == PARAMETERS)
     twice = 2 if config.optim.num_microbatches > 1 else 1
     saved = model.num_layers * saved_bytes(s, config.remat)
-    layer = _layer_params(model) // mesh["model"]
+    layer = layer_params(model) // mesh["model"]
     scores = (4 + s.operand) * s.rows * s.cut(model.num_heads) * s.length**2 if dense_attention else 0
     inside = 2 * _all_of_a_layer(s) + scores
     layers = 2 * layer * s.operand + 4 * layer + inside
@@ -143,19 +144,17 @@ def on_mesh(state: Sequence[Buffer], mesh: Mapping[str, int]) -> list[Buffer]:
 
 
 def saved_bytes(s: _Sizes, remat: str) -> int:
-    """Of one layer, from its forward to its backward pass."""
-    model = s.model
-    boundary = s.cut(model.width) * s.activation
-    if remat == "full":
-        return s.tokens * boundary
-    if remat == "none":
+    """Of one layer, from its forward to its backward pass; what is kept in the host's memory is no chip's."""
+    model, kept = s.model, REMAT[remat].on_device
+    if "everything" in kept:
         return _all_of_a_layer(s)
     heads = s.cut(model.num_heads) * model.head_size
     keys = s.cut(model.num_kv_heads) * model.head_size
     # Products are kept as they leave the accumulator. The sum of a parallel block is read by nobody.
     width = 0 if model.block == "parallel" else s.cut(model.width)
     products = 4 * (heads + 2 * keys + width + (2 if model.gated else 1) * s.cut(model.ff_width))
-    return s.tokens * (boundary + products + (heads * s.activation if remat == "minimal" else 0))
+    sizes: dict[Part, int] = {"input": s.cut(model.width) * s.activation, "projections": products, "attention": heads * s.activation}
+    return s.tokens * sum(sizes[part] for part in kept)
 
 
 def _all_of_a_layer(s: _Sizes) -> int:
@@ -166,12 +165,6 @@ def _all_of_a_layer(s: _Sizes) -> int:
     heads = (2 * s.cut(model.num_heads) + 2 * s.cut(model.num_kv_heads)) * model.head_size * s.activation
     hidden = (3 if model.gated else 2) * s.cut(model.ff_width) * s.activation
     return s.tokens * (around + heads + hidden)
-
-
-def _layer_params(model: ModelConfig) -> int:
-    """Kernels of one layer."""
-    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_size * model.width
-    return attention + (3 if model.gated else 2) * model.width * model.ff_width
 
 
 # ---------------------------------------------------------------------------------------- collectives
@@ -188,7 +181,7 @@ def collectives(config: TrainConfig, mesh: Mapping[str, int], precision: str, nu
     m = mesh["model"]
     found: list[Collective] = []
     if mesh["data"] > 1:
-        layer, head = _layer_params(model) / m, s.vocab * model.width
+        layer, head = layer_params(model) / m, s.vocab * model.width
         passes = 1 if config.remat == "none" else 2
         found += [
             Collective("all-gather", ("data",), layer * s.operand, micro * depth * passes, "weights of a layer, forward and backward"),
@@ -218,20 +211,3 @@ def collectives(config: TrainConfig, mesh: Mapping[str, int], precision: str, nu
 def group_size(collective: Collective, mesh: Mapping[str, int]) -> int:
     """Members of one group."""
     return collective.group or math.prod(mesh[axis] for axis in collective.axes)
-
-
-# --------------------------------------------------------------------------------------------- work
-
-
-def executed_flops_per_token(config: TrainConfig, num_params: float) -> float:
-    """6 · num_params + 12 · L · N·H · T and what the remat policy computes again: attention in full, as dense products do.
-
-    full: a layer's products but for the last of each branch, which nobody reads (parallel blocks), or but for `down` (serial
-    ones); dots: the two products of attention; minimal: the first of them.
-    """
-    model = config.model
-    heads = model.num_heads * model.head_size
-    scores = 2 * heads * config.data.sequence_length
-    unread = model.ff_width * model.width + (heads * model.width if model.block == "parallel" else 0)
-    again = {"none": 0, "minimal": scores, "dots": 2 * scores, "full": 2 * scores + 2 * (_layer_params(model) - unread)}[config.remat]
-    return 6 * num_params + model.num_layers * (6 * scores + again)

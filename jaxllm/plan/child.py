@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config import ConfigError, TrainConfig, from_dict, to_dict
+from jaxllm.flops import TokenFlops
 from jaxllm.plan.arithmetic import Buffer as Part
 from jaxllm.plan.collectives import Collective, collectives
 from jaxllm.plan.compiled import Buffer, Compiled, Memory
@@ -158,6 +159,8 @@ def _compiled(values: dict[str, Any]) -> Compiled:
             "collectives": [Collective(**c | {"axes": tuple(c["axes"])}) for c in values["collectives"]],
             "work": Work(**values["work"] | {"notes": tuple(values["work"]["notes"])}),
             "state": [Part(**part) for part in values["state"]],
+            "per_token": TokenFlops(**values["per_token"]),
+            "causal_per_token": TokenFlops(**values["causal_per_token"]),
         }
     )
 
@@ -204,7 +207,7 @@ def _run(request: Request, folder: Path, write: Callable[[dict[str, Any]], None]
 
     from jaxllm import tree
     from jaxllm.plan import arithmetic, compiled, kernels, topology
-    from jaxllm.plan.lower import lowered
+    from jaxllm.plan.lower import lowered, token_flops
     from jaxllm.plan.work import count
 
     start = time.monotonic()
@@ -238,6 +241,8 @@ def _run(request: Request, folder: Path, write: Callable[[dict[str, Any]], None]
             work=work,
             num_params=tree.count(params),
             state=arithmetic.state_buffers(step.state, step.frozen),
+            per_token=token_flops(experiment),
+            causal_per_token=token_flops(experiment, causal=True),
         )
         return dataclasses.asdict(made)
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxllm import chips
+from jaxllm import chips, tree
 from jaxllm.config import ConfigError, DataConfig, ModelConfig, TrainConfig, nearest
 from jaxllm.files import write_atomic
-from jaxllm.plan import gpus, links, search, show, topology, tpu
+from jaxllm.plan import gpus, links, lower, search, show, topology, tpu
 from jaxllm.plan.child import CompilerFailed, OutOfMemory
 from jaxllm.plan.gpus import Cluster
 from jaxllm.plan.result import Plan, what_makes_room
@@ -158,8 +158,10 @@ def _search(
 ) -> list[Plan]:
     chip = machine.chip if isinstance(machine, Cluster) else chips.find(machine.chip)
     num_slices = 1 if isinstance(machine, Cluster) else machine.num_slices
-    found = list(search.candidates(config, machine.num_chips, num_slices))
-    whole = gpus.trace(build(replace(config, mesh=replace(config.mesh, slice=1, data=1, model=1)), precision=precision), search.ONE_CHIP)
+    experiment = build(replace(config, mesh=replace(config.mesh, slice=1, data=1, model=1)), precision=precision)
+    found = search.candidates(config, machine.num_chips, num_slices, updates_per_batch=experiment.updates_per_batch)
+    whole = gpus.trace(experiment, search.ONE_CHIP)
+    num_trained = tree.count(whole.state.trainable)
 
     def links_of(mesh: Mapping[str, int]) -> links.Links:
         if isinstance(machine, Cluster):
@@ -172,9 +174,10 @@ def _search(
         except CompilerFailed as error:
             raise ConfigError(str(error)) from error
 
-    estimate = search.estimator(gpus.state_of(whole), whole.num_params, precision, chip, links_of)
+    executed = lambda config: lower.token_flops(replace(experiment, config=config)).executed
+    estimate = search.estimator(gpus.state_of(whole), num_trained, executed, precision, chip, links_of)
     margin = 1.0 if isinstance(machine, Cluster) else 1.5
-    return search.search(iter(found), estimate, compiled, chip.memory_bytes, margin=margin, max_plans=max_plans, say=say)
+    return search.search(found, estimate, compiled, chip.memory_bytes, margin=margin, max_plans=max_plans, say=say)
 
 
 def progress(out: TextIO) -> Callable[[str, float], None]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jaxllm.flops import TokenFlops
 from jaxllm.plan import hlo
 from jaxllm.plan.arithmetic import Buffer as Part
 from jaxllm.plan.collectives import Collective
@@ -72,6 +73,9 @@ class Compiled:
     num_params: int
     state: Sequence[Part]
     """What lies in one chip's memory between steps, by its parts."""
+    per_token: TokenFlops
+    """As `train` counts it."""
+    causal_per_token: TokenFlops
 
 
 def analysed(executable: Any) -> Memory:

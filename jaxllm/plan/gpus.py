@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +19,6 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxllm import chips, sharding, tree
 from jaxllm.chips import Chip
 from jaxllm.config import ConfigError, MeshConfig
-from jaxllm.flops import model_flops_per_token
 from jaxllm.plan import arithmetic, kernels, links, lower
 from jaxllm.plan.arithmetic import Buffer
 from jaxllm.plan.result import Plan
@@ -167,7 +165,6 @@ def plan(experiment: Experiment, cluster: Cluster, precision: str, target: str =
     traced = trace(experiment, mesh)
     collectives = arithmetic.collectives(config, mesh, precision, tree.count(traced.state.trainable))
     tokens = config.data.batch_size * config.data.sequence_length
-    per_token = partial(model_flops_per_token, config.model, traced.num_params, config.data.sequence_length)
     line = roofline(
         cluster.chip,
         cluster.num_chips,
@@ -175,8 +172,8 @@ def plan(experiment: Experiment, cluster: Cluster, precision: str, target: str =
         collectives,
         links.switch(cluster.chip, mesh, cluster.gpus_per_host),
         tokens_per_step=tokens,
-        model_flops=tokens * per_token(),
-        causal_flops=tokens * per_token(causal=True),
+        model_flops=tokens * lower.token_flops(experiment).model,
+        causal_flops=tokens * lower.token_flops(experiment, causal=True).model,
     )
     return Plan(
         target=target or config.name,

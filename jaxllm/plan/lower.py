@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxllm import optim, sharding, tree
+from jaxllm import flops, optim, sharding, tree
 from jaxllm.config import ConfigError
 from jaxllm.contract import Batch
 from jaxllm.step import BASE, Experiment, Frozen, TrainState, param_specs, program
@@ -100,6 +100,20 @@ def frozen_shapes(experiment: Experiment, mesh: Mesh) -> Frozen:
         raise ConfigError(f"the frozen weights of this experiment cannot be planned without their file: {error}") from error
     specs = {name: sharding.param_specs(params, mesh, ()) for name, params in loaded.items()}
     return frozen | {name: _placed(params, sharding.shardings(specs[name], mesh)) for name, params in loaded.items()}
+
+
+def token_flops(experiment: Experiment, *, causal: bool = False) -> flops.TokenFlops:
+    """The work of a token as `train` counts it for MFU and HFU, or with attention counted causally."""
+    config, shapes = experiment.config, experiment.lm.param_shapes
+    return flops.of_token(
+        config.model,
+        tree.count(shapes),
+        config.data.sequence_length,
+        num_frozen=tree.count(optim.split(config.optim, shapes)[1]),
+        others=experiment.other_flops_per_token,
+        remat=config.remat,
+        causal=causal,
+    )
 
 
 def _placed(shapes: Any, where: Any) -> Any:

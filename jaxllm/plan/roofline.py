@@ -96,7 +96,7 @@ def roofline(
       work: of the whole step on all chips; its `hbm_bytes` are one chip's.
       collectives: of the whole step.
       links: from `links.torus` or `links.switch`.
-      model_flops: of the whole step; see `flops.model_flops_per_token`.
+      model_flops: of the whole step; see `flops.TokenFlops`.
       causal_flops: likewise, attention counted causally.
     """
     terms = {

@@ -36,7 +36,7 @@ class Estimate:
 def candidates(
     config: TrainConfig, num_chips: int, num_slices: int = 1, shapes: Sequence[int] | None = None, *, updates_per_batch: int = 1
 ) -> Iterator[TrainConfig]:
-    """Every mesh, remat policy and micro-batch count that divides the batch and the model.
+    """Every mesh, remat policy and micro-batch count that divides the batch, those of its ramp, and the model.
 
     Args:
       num_chips: of all slices.
@@ -54,18 +54,26 @@ def candidates(
         for micro in (n for n in range(1, rows + 1) if rows % n == 0 and (n & (n - 1) == 0 or n == rows)):
             for remat in REMAT:
                 optim = replace(config.optim, num_microbatches=micro)
-                if optim.noise_scale and micro < 2:
+                unit = config.data.batch_size // micro
+                if (optim.noise_scale and micro < 2) or any(size % unit for _, size in config.data.batch_ramp):
                     continue
                 yield replace(config, mesh=mesh, optim=optim, remat=remat)  # type: ignore[arg-type]
 
 
 def estimator(
-    state: Sequence[Buffer], num_params: int, precision: str, chip: Chip, links: Callable[[Mapping[str, int]], Links]
+    state: Sequence[Buffer],
+    num_params: int,
+    flops_per_token: Callable[[TrainConfig], float],
+    precision: str,
+    chip: Chip,
+    links: Callable[[Mapping[str, int]], Links],
 ) -> Callable[[TrainConfig], Estimate]:
     """The usual estimate, by `arithmetic`.
 
     Args:
       state: of the whole model, as `ONE_CHIP` would hold it.
+      num_params: those that train.
+      flops_per_token: executed.
       links: mesh -> its links, by `links.torus` or `links.switch`.
     """
 
@@ -74,7 +82,7 @@ def estimator(
         buffers = arithmetic.memory(config, mesh, precision, arithmetic.on_mesh(state, mesh))
         tokens = config.data.batch_size * config.data.sequence_length
         num_chips = mesh["slice"] * mesh["data"] * mesh["model"]
-        seconds = tokens * arithmetic.executed_flops_per_token(config, num_params) / (num_chips * chip.peak_flops)
+        seconds = tokens * flops_per_token(config) / (num_chips * chip.peak_flops)
         cost = links(mesh)
         seconds += sum(sum(cost(c).values()) for c in arithmetic.collectives(config, mesh, precision, num_params))
         return Estimate(sum(buffer.num_bytes for buffer in buffers), seconds)

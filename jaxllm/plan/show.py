@@ -67,7 +67,8 @@ def _work(plan: Plan) -> Iterator[Figure]:
         yield Figure("of them recomputed", work.recomputed_flops / work.flops, "share", "counted", f"remat {plan.config.remat}")
     six = 6 * plan.num_params * tokens
     yield Figure("executed / 6N", work.flops / six, "times", "counted", f"6 × {plan.num_params:,} parameters × {tokens:,} tokens")
-    yield Figure("executed / (6N + 12LHT)", work.flops / line.model_flops, "times", "counted", "with attention as PaLM counts it")
+    note = "6N + 12LHT, attention as PaLM counts it; less 2 for each frozen parameter, and with other models"
+    yield Figure("executed / model's", work.flops / line.model_flops, "times", "counted", note)
     yield Figure("other operations", work.other_flops, "FLOP", "counted", "one for each element made; not in MFU or HFU")
     yield Figure("through HBM, one chip", work.hbm_bytes, "bytes", "modelled", "products read and write, all between them fuses")
 

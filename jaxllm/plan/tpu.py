@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from jaxllm import chips
 from jaxllm.config import TrainConfig
-from jaxllm.flops import model_flops_per_token
 from jaxllm.plan import links
 from jaxllm.plan.arithmetic import Buffer
 from jaxllm.plan.child import Request, compile_step
@@ -43,7 +41,6 @@ def plan(
     chip, mesh = chips.find(machine.chip), dict(found.mesh)
     collectives = [links.of_compiled(c) for c in found.collectives]
     tokens = config.data.batch_size * config.data.sequence_length
-    per_token = partial(model_flops_per_token, config.model, found.num_params, config.data.sequence_length)
     line = roofline(
         chip,
         machine.num_chips,
@@ -51,8 +48,8 @@ def plan(
         collectives,
         links.torus(chip, machine.shape, machine.wraps, mesh),
         tokens_per_step=tokens,
-        model_flops=tokens * per_token(),
-        causal_flops=tokens * per_token(causal=True),
+        model_flops=tokens * found.per_token.model,
+        causal_flops=tokens * found.causal_per_token.model,
     )
     seconds = found.seconds["lower"] + found.seconds["compile"]
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())

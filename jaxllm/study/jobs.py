@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxllm.config import NOT_HASHED, NOT_HASHED_DATA, ConfigError, TrainConfig, nearest
+from jaxllm.config import NOT_HASHED, ConfigError, TrainConfig, chosen_values, nearest
 from jaxllm.files import path_of
 from jaxllm.study.values import Arm, Row, Study
 
@@ -144,32 +144,14 @@ def _fingerprint(study: Study, arm: Arm, config: str, needs: tuple[Job, ...]) ->
 
 
 def described(config: TrainConfig) -> dict[str, Any]:
-    """What of a config decides a run's numbers, as JSON values: every field that differs from its class's default.
+    """What of a config decides a row's numbers, as JSON values: every field that differs from its class's default.
 
-    Defaults are left out, so that a field added later changes no fingerprint of a row that is there. Unlike the hash of a run
-    directory it holds num_steps and eval_batches: a study's run is of one length, and a row is its end.
+    Unlike the hash of a run directory it holds num_steps and eval_batches: a study's run is of one length, and a row is its end.
 
     >>> described(TrainConfig(seed=1, save_every=7, num_steps=50))
     {'num_steps': 50, 'seed': 1}
     """
-    left_out = {*NOT_HASHED} - {"num_steps", "eval_batches"}
-    values = {name: value for name, value in _changed(config).items() if name not in left_out}
-    if isinstance(values.get("data"), dict):
-        values["data"] = {name: value for name, value in values["data"].items() if name not in NOT_HASHED_DATA}
-    return values
-
-
-def _changed(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        try:
-            default = type(value)()
-        except TypeError:  # a field without a default: all count
-            default = None
-        pairs = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-        return {name: _changed(x) for name, x in pairs if default is None or x != getattr(default, name)}
-    if isinstance(value, list | tuple):
-        return [_changed(x) for x in value]
-    return value
+    return chosen_values(config, {*NOT_HASHED} - {"num_steps", "eval_batches"})
 
 
 def folder_of(study: Study, job: Job) -> Path:

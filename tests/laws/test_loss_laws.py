@@ -25,6 +25,7 @@ from jaxllm.losses.core import LossTransform, adaptive, masked, partition, scale
 from jaxllm.losses.vocab import over_vocab
 
 B, T, D, V, K = 4, 7, 6, 11, 3
+HEADS = 2
 STEP = 3
 SCALE, CAP = 0.7, 2.0
 
@@ -51,7 +52,7 @@ def make_batch(seed: int = 0) -> Batch:
         tokens=rng.integers(0, V, (B, T)).astype(np.int32),
         labels=rng.integers(0, V, (B, T)).astype(np.int32),
         loss_mask=mask,
-        segment_ids=array(np.ones((B, T), np.int32)),
+        segment_ids=array(np.tile(1 + np.arange(T, dtype=np.int32) // 4, (B, 1))),
         positions=array(np.tile(np.arange(T, dtype=np.int32), (B, 1))),
         source=array([0, 1, 0, 1], np.int32),
         group=array([5, 5, 9, 9], np.int32),
@@ -61,6 +62,12 @@ def make_batch(seed: int = 0) -> Batch:
 
 def rows(batch: Batch, which: Any) -> Batch:
     return jax.tree.map(lambda x: x[which], batch)
+
+
+def in_heads(stream: Any) -> tuple[Any, Any]:
+    """Queries [L B T N H] and keys [L B T 1 H] that somebody may attend with."""
+    heads = stream.reshape(*stream.shape[:3], HEADS, -1)
+    return heads, heads[..., :1, ::-1]
 
 
 def apply(pad: int, params: Any, batch: Batch) -> Obs:
@@ -73,7 +80,7 @@ def apply(pad: int, params: Any, batch: Batch) -> Obs:
         jnp.zeros((), jnp.int32),
         {STUDENT: hidden},
         {STUDENT: Unembedding({"kernel": kernel}, SCALE, CAP, V)},
-        {STUDENT: {"stream": jnp.stack([embedded, hidden])}},
+        {STUDENT: {"stream": jnp.stack([embedded, hidden]), **dict(zip("qk", in_heads(jnp.stack([embedded, hidden])), strict=True))}},
         {"reward": jnp.sum(hidden * batch.loss_mask[..., None], axis=1) @ params["reward"]},
     )
 
@@ -84,7 +91,8 @@ def numpy_world(params: Any, batch: Batch, step: int = STEP) -> SimpleNamespace:
     hidden = np.tanh(embedded + 0.1 * batch.positions[..., None])
     logits = CAP * np.tanh(SCALE * hidden @ params["kernel"].T / CAP)
     reward = (hidden * batch.loss_mask[..., None].astype(np.float64)).sum(1) @ params["reward"]
-    return SimpleNamespace(b=batch, embedded=embedded, hidden=hidden, logits=logits, reward=reward, step=step)
+    q, k = in_heads(np.stack([embedded, hidden]))
+    return SimpleNamespace(b=batch, embedded=embedded, hidden=hidden, logits=logits, reward=reward, step=step, q=q, k=k)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -183,6 +191,21 @@ def n_cosine(s: Any, t: Any) -> np.ndarray:
     return 1 - (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
+ATTENTION = [(0, 1), (1, 1)]
+
+
+def n_attention(s: Any, t: Any) -> np.ndarray:
+    """KL of each query's attention, the mean over pairs of layers and over heads, document by document."""
+    out = np.zeros((s.b.tokens.shape[0], T))
+    for i, j in np.ndindex(out.shape):
+        seen = np.flatnonzero(s.b.segment_ids[i, : j + 1] == s.b.segment_ids[i, j])
+        for ours, theirs in ATTENTION:
+            for head in range(HEADS):
+                a, b = (world.q[at][i, j, head] @ world.k[at][i, seen, 0].T / np.sqrt(D / HEADS) for world, at in ((s, ours), (t, theirs)))
+                out[i, j] += kl(np.exp(log_softmax(b)), np.exp(log_softmax(a))).sum() / HEADS / len(ATTENTION)
+    return out
+
+
 def n_ranking(s: Any, t: Any) -> float:
     groups = []
     real = s.b.loss_mask.any(1)
@@ -273,6 +296,7 @@ CASES: dict[str, Case] = {
         lambda chunk: sequence.cosine(sequence.states(tap="stream", layer=0), sequence.states("teacher")),
         lambda s, t: mean(n_cosine(s, t), s.b.loss_mask),
     ),
+    "attention_kl": Case(lambda chunk: sequence.attention_kl(ATTENTION, "teacher"), lambda s, t: mean(n_attention(s, t), s.b.loss_mask)),
     "pairwise_ranking": Case(lambda chunk: sequence.pairwise_ranking(), n_ranking),
     "pretrain": Case(two, n_two),
     "total_scale": Case(
