@@ -328,6 +328,7 @@ def test_the_real_tables():
     """42,061 and 4,672 pairs, no table in both parts, and dev's slots and values spelt as train's."""
     folder = datasets.fetch("e2e-nlg")
     counts = json.loads((folder / "SOURCE.json").read_text("utf-8"))["counts"]
+    assert counts.pop(table_text.UNSEEN)["dev_unseen_pairs"] == 1489
     assert counts == {"train_pairs": 42061, "train_tables": 4862, "dev_pairs": 4672, "dev_tables": 547, "shared_tables": 0}
     values: dict[str, set[str]] = {}
     train = records(folder / "train.jsonl")

@@ -24,13 +24,16 @@ from hypothesis import strategies as st
 
 from jaxllm import pretrained
 from jaxllm.config import ConfigError, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainConfig
+from jaxllm.contract import Out, Unembedding
 from jaxllm.data import batch as batches
 from jaxllm.data import taught
 from jaxllm.data.packing import Packing
 from jaxllm.data.position import Position
 from jaxllm.data.taught import Best, Layout
 from jaxllm.data.tokenizer import ByteTokenizer
-from jaxllm.teach import TeachConfig, best_of, main, teach
+from jaxllm.losses.best import best_of
+from jaxllm.models.transformer import decoder
+from jaxllm.teach import TeachConfig, main, teach
 from tests.observed import batch_of
 from tests.runs import ROOT
 from tests.test_pretrained import SOURCE, random_params
@@ -99,17 +102,12 @@ def test_the_tail_is_the_mass_of_the_others_however_small() -> None:
     """Ties at the last place and a rest of 1e-12 included, where one minus the sum of the named would be noise."""
     logits = np.array([[[3.0, 1.0, 1.0, 1.0, 0.0, -2.0], [30.0, 29.0, 2.0, 1.0, 0.0, -9.0]]])
 
-    class Stub:
-        hidden = jax.numpy.asarray(logits, jax.numpy.float32)
-
-        def __call__(self, params: Any, batch: Any) -> Any:
-            return self
-
-        def unembed(self, params: Any) -> Any:
-            return type("Head", (), {"logits": staticmethod(lambda hidden: hidden)})
-
+    plain = decoder(ModelConfig(width=6, vocab_size=6, num_heads=1, num_kv_heads=1, head_size=6, ff_width=6, num_layers=1))
+    out = Out(jax.numpy.asarray(logits, jax.numpy.float32), {})
+    head = Unembedding({"kernel": jax.numpy.eye(6)}, num_vocab=6)
+    stub = plain._replace(apply=lambda *_, **__: out, unembed=lambda params: head)
     for k in (1, 2, 3, 6):
-        ids, logp, tail, actual = best_of(Stub(), k)({}, batch_of(np.array([[2, 5]])))  # type: ignore[arg-type]
+        ids, logp, tail, actual = best_of(stub, k)({}, batch_of(np.array([[2, 5]])))
         p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         order = -np.sort(-p, axis=-1)
         np.testing.assert_allclose(np.exp(logp), order[..., :k], rtol=1e-5)
