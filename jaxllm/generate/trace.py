@@ -195,7 +195,7 @@ def write_page(path: Path, traces: Sequence[Trace], texts: Sequence[Written], to
     header = (
         f'<p class="eyebrow">{escape(note)}</p>\n<h1>{escape(title)}</h1>\n<p class="headline"><span class="figure">'
         f'{share_changed(traces):.1%}</span> <span class="unit">of greedy predictions changed<br>'
-        f'<span class="muted">{num_tokens:,} tokens in {len(traces):,} texts, mean Δ {mean:+.3f}</span></span></p>\n'
+        f'<span class="muted">{num_tokens:,} tokens in {len(traces):,} text{"s" * (len(traces) != 1)}, mean Δ {mean:+.3f}</span></span></p>\n'
     )
     shown = "".join(_text(one, text, tokenizer) for one, text in zip(traces[:SHOWN], texts[:SHOWN], strict=True))
     left = f'<p class="note">The first {SHOWN} of {len(traces):,} texts.</p>' if len(traces) > SHOWN else ""
@@ -239,5 +239,5 @@ def _table(traces: Sequence[Trace], tokenizer: Tokenizer, num_rows: int = 20) ->
         for row in rows
     )
     head = '<tr><th>token</th><th class="number">id</th><th class="number">times</th><th class="number">mean Δ</th></tr>'
-    said = f'<p class="note">The {len(rows)} with the highest mean Δ, of those that come at least {least} times.</p>\n'
+    said = f'<p class="note">The {len(rows)} with the highest mean Δ, of those that come at least {least} ×.</p>\n'
     return f"{said}<table>\n{head}\n{cells}</table>\n"
