@@ -19,7 +19,8 @@ down: the rate is flat for the first 4 % of the steps, and the first batches hav
     python -m experiments.pretrain paper      PaLM-8B: planned, not run
     python -m experiments.pretrain paper_540b PaLM-540B, its last phase, for 2 x 3,072 TPU v4: planned, not run
 
-Result of `small`: not measured yet.
+Result of `small` (2026-11-22, 1,146,880 tokens): 2.025 held-out bits per byte, where byte frequencies give 4.595, lzma over the same
+windows 3.784, and lzma over all of the held-out text at once 1.868.
 """
 
 from __future__ import annotations

@@ -195,7 +195,8 @@ def write_page(path: Path, traces: Sequence[Trace], texts: Sequence[Written], to
     header = (
         f'<p class="eyebrow">{escape(note)}</p>\n<h1>{escape(title)}</h1>\n<p class="headline"><span class="figure">'
         f'{share_changed(traces):.1%}</span> <span class="unit">of greedy predictions changed<br>'
-        f'<span class="muted">{num_tokens:,} tokens in {len(traces):,} text{"s" * (len(traces) != 1)}, mean Δ {mean:+.3f}</span></span></p>\n'
+        f'<span class="muted">{num_tokens:,} tokens in {len(traces):,} text{"s" * (len(traces) != 1)}, mean Δ {mean:+.3f}</span>'
+        "</span></p>\n"
     )
     shown = "".join(_text(one, text, tokenizer) for one, text in zip(traces[:SHOWN], texts[:SHOWN], strict=True))
     left = f'<p class="note">The first {SHOWN} of {len(traces):,} texts.</p>' if len(traces) > SHOWN else ""
