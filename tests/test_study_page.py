@@ -125,6 +125,16 @@ def test_few_tokens_or_one_seed_claim_nothing() -> None:
     assert verdicts("<", [1.0], [2.0])[1] == "one seed, no claim"
 
 
+def test_rows_that_began_from_different_weights_are_named() -> None:
+    """An arm that prepares its own start is left out: it has weights of its own."""
+    tuned = replace(BASE, init_from="cache://models/x")
+    of = study(Arm("a", tuned, seeds=(0, 1)), Arm("b", tuned, seeds=(0,), prepare=lambda run: tuned))
+    rows = [row | {"parent": parent} for row, parent in zip(rows_of(of, a=[1.0, 2.0], b=[3.0]), ("new", "old", "other"), strict=True)]
+    assert table.mixed_bases(of, rows) == ["cache://models/x (new, old)"]
+    assert "began from different weights" in page.section(of, rows, {})
+    assert table.mixed_bases(of, [row | {"parent": "new"} for row in rows]) == []
+
+
 def test_seeds_are_paired_and_a_given_model_compares_with_all_of_them() -> None:
     of = study(
         Arm("x", BASE, seeds=(0, 1)), Arm("y", BASE, seeds=(1, 2)), Arm("given", measure=lambda run: {}, seeds=(0,)),

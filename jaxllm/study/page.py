@@ -84,6 +84,8 @@ def section(study: Study, rows: list[Row], captions: Mapping[str, str]) -> str:
     criterion = next((c.heading or c.metric for c in study.columns if c.metric == study.criterion), study.criterion)
     parts = [f"## {study.name}: {study.title}", study.about, table.table(study, rows)]
     parts += ["Mean ± standard error of the mean over seeds; one seed has no error. " + table.cost(study, rows) + note]
+    if mixed := table.mixed_bases(study, rows):
+        parts += [f"**Rows began from different weights**, and do not compare: {'; '.join(mixed)}. Remove the old ones and run again."]
     if study.orderings:
         parts += ["### Orderings", table.orderings(study, rows)]
         parts += [

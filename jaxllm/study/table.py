@@ -87,6 +87,18 @@ def outcomes(study: Study, rows: Sequence[Row]) -> list[Outcome]:
     return found
 
 
+def mixed_bases(study: Study, rows: Sequence[Row]) -> list[str]:
+    """Weights that arms began from, of which the rows that are shown know more than one fingerprint: they do not compare."""
+    found: dict[str, set[str]] = {}
+    for outcome in outcomes(study, rows):
+        config = outcome.arm.config
+        if config is not None and config.init_from and outcome.arm.prepare is None:
+            found.setdefault(config.init_from, set()).update(
+                row["parent"] for row in (*outcome.searched, *outcome.rows) if row.get("parent")
+            )
+    return [f"{path} ({', '.join(sorted(prints))})" for path, prints in found.items() if len(prints) > 1]
+
+
 def tokens_seen(study: Study, found: Mapping[str, Outcome], name: str) -> float:
     """The fewest tokens that a run of the arm trained on; of a derived arm, that those it needs did; infinite where nothing is trained."""
     arm = study.arm(name)
