@@ -115,7 +115,7 @@ def _run(plan: Plan) -> Iterator[Figure]:
     yield Figure("HFU", line.hfu, "share", "modelled", f"upper bound; {line.hfu * serial:.1%} if nothing overlaps")
     budget = f"{tokens:,} tokens = {plan.config.num_steps:,} steps × {line.tokens_per_step:,}"
     yield Figure("days", line.days(tokens), "days", "modelled", budget)
-    yield Figure("chip hours", line.chip_hours(tokens), "chip hours", "modelled", f"{plan.num_chips:,} chips")
+    yield Figure("chip hours", line.chip_hours(tokens), "chip hours", "modelled", f"{plan.num_chips:,} chip{'s' * (plan.num_chips != 1)}")
 
 
 def _chip(plan: Plan) -> Iterator[Figure]:
@@ -159,8 +159,8 @@ def ranking(plans: Sequence[Plan]) -> str:
 def written(value: float, unit: Unit) -> str:
     """A number with its unit, three or four digits.
 
-    >>> written(7.6 * 2**30, 'bytes'), written(0.4623, 'share'), written(1.672e19, 'FLOP'), written(0.0123, 'seconds')
-    ('7.60 GiB', '46.2 %', '1.672e+19 FLOP', '12.3 ms')
+    >>> written(7.6 * 2**30, 'bytes'), written(0.4623, 'share'), written(1.672e19, 'FLOP'), written(0.237, 'chip hours')
+    ('7.60 GiB', '46.2 %', '1.672e+19 FLOP', '0.237')
     """
     if not math.isfinite(value):
         return "unknown"
@@ -180,7 +180,7 @@ def written(value: float, unit: Unit) -> str:
         case "FLOP/s" | "bytes/s":
             each = "B/s" if unit == "bytes/s" else unit
             return f"{value / 1e12:g} T{each}" if value >= 1e12 else f"{value / 1e9:g} G{each}"
-        case "days":
+        case "days" | "chip hours":
             return f"{value:,.1f}" if value >= 1 else f"{value:.3g}"
         case _:
             return f"{value:,.0f}"
